@@ -1,0 +1,59 @@
+"""Typed errors. Each also is the builtin that callers already catch (``ValueError``, ``RuntimeError``, ``OSError``).
+
+A message names the argument or file, what was expected, what was found, and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendUnavailableError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "NonFiniteLossError",
+    "OutputDirError",
+    "PowerFlowError",
+    "SelfCheckError",
+]
+
+
+class PowerFlowError(Exception):
+    """Base of every error that powerflow_fast raises on purpose."""
+
+
+class ConfigError(PowerFlowError, ValueError):
+    """A configuration field is unknown, of the wrong type, out of range, or contradicts another field."""
+
+
+class DataError(PowerFlowError, ValueError):
+    """Prompts cannot be read or used: missing or empty file, a bad row (its line number is named), over-long prompts."""
+
+
+class ModelError(PowerFlowError, ValueError):
+    """The model cannot be loaded, or its head cannot be expressed as ``linear_logprobs``."""
+
+
+class SelfCheckError(ModelError):
+    """Our log-probs differ from the model's own logits, or rollouts are not drawn from the scored distribution."""
+
+
+class BackendUnavailableError(PowerFlowError, RuntimeError):
+    """A backend was asked for by name and cannot run here; the message carries the reason."""
+
+
+class CheckpointError(PowerFlowError, RuntimeError):
+    """A checkpoint is unreadable, incomplete, or belongs to a run with another configuration."""
+
+
+class OutputDirError(PowerFlowError, OSError):
+    """``output_dir`` cannot be written, or already holds another run."""
+
+
+class NonFiniteLossError(PowerFlowError, RuntimeError):
+    """The loss or its gradient is NaN or infinite. ``step`` is the optimiser step, ``checkpoint`` the last good one."""
+
+    def __init__(self, message: str, *, step: int, checkpoint: str | None):
+        super().__init__(message)
+        self.step = step
+        self.checkpoint = checkpoint

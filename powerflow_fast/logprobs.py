@@ -1,0 +1,252 @@
+"""Log-probabilities of tokens under a linear head, without the [tokens, vocabulary] matrix of logits.
+
+``linear_logprobs`` is the differentiable core; ``sequence_logprobs`` sums it over packed sequences and
+``linear_logprob_stats`` adds entropy, log-sum-exp and mean logit for monitoring and confidence rewards.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import chunked
+from .dispatch import Backend, LogitTransform, check_linear_inputs, require_tensor, resolve_backend
+
+__all__ = ["LogprobStats", "linear_logprob_stats", "linear_logprobs", "sequence_logprobs"]
+
+
+class LogprobStats(NamedTuple):
+    """Per-token statistics, each (N,) fp32, in nats; zeros at ignored rows."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+    mean_logit: Tensor
+
+
+def _implementation(backend: Backend, hidden: Tensor) -> types.SimpleNamespace | types.ModuleType:
+    """The three launchers of the backend that will run."""
+    if resolve_backend(backend, hidden.device, hidden.dtype) == "torch":
+        return chunked
+    from .kernels import linear_logprob_bwd, linear_logprob_fwd
+
+    return types.SimpleNamespace(
+        linear_logprob_fwd=linear_logprob_fwd.linear_logprob_fwd,
+        linear_logprob_fwd_d_hidden=linear_logprob_fwd.linear_logprob_fwd_d_hidden,
+        linear_logprob_bwd=linear_logprob_bwd.linear_logprob_bwd,
+    )
+
+
+class LinearLogprobsFunction(torch.autograd.Function):
+    """Chooses the cheapest pass for the inputs that need a gradient.
+
+    Only ``hidden``: the gradient is made in the forward pass up to the upstream factor, and backward scales its rows
+    (4NVH FLOP in all, N·H saved). Otherwise: forward saves three numbers per row and backward recomputes the logits
+    (8NVH when both hidden and weight are trained).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation):
+        needs = ctx.needs_input_grad
+        ctx.only_hidden = needs[0] and not needs[1] and not needs[3]
+        if ctx.only_hidden:
+            logp, unit = implementation.linear_logprob_fwd_d_hidden(
+                hidden, weight, labels, bias, transform, ignore_index
+            )
+            ctx.save_for_backward(unit)
+            return logp
+        out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index)
+        ctx.save_for_backward(hidden, weight, labels, bias, *out[:3])
+        ctx.transform, ctx.ignore_index, ctx.implementation = transform, ignore_index, implementation
+        return out.logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logp):
+        if ctx.only_hidden:
+            (unit,) = ctx.saved_tensors
+            d_hidden = torch.mul(unit, d_logp[:, None], out=torch.empty_like(unit))
+            return d_hidden, None, None, None, None, None, None
+        hidden, weight, labels, bias, *forward = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = ctx.implementation.linear_logprob_bwd(
+            hidden,
+            weight,
+            labels,
+            bias,
+            ctx.transform,
+            ctx.ignore_index,
+            chunked.ForwardOutput(*forward),
+            d_logp,
+            need_d_hidden=ctx.needs_input_grad[0],
+            need_d_weight=ctx.needs_input_grad[1],
+            need_d_bias=ctx.needs_input_grad[3],
+        )
+        return d_hidden, d_weight, None, d_bias, None, None, None
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Inside ``torch.autocast`` a head takes part as ``torch.nn.Linear`` does: its operands in the autocast dtype."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Log-probability of each label under a linear head. In plain torch:
+
+        z = logit_scale * torch.nn.functional.linear(hidden, weight, bias).float()
+        if logit_softcap is not None:
+            z = logit_softcap * torch.tanh(z / logit_softcap)
+        logp = torch.log_softmax(z / temperature, -1).gather(-1, labels[:, None])[:, 0]
+
+    but without the (N, V) logits, with fp32 logits whatever the dtype of the inputs, and exact where ``log_softmax``
+    is not: a token whose probability is within 1e-8 of one keeps a non-zero log-prob and gradient.
+
+    Args:
+        hidden: (N, H) fp32, bf16 or fp16; the hidden state that predicts each label. Gradient: yes.
+        weight: (V, H), hidden's dtype and device. Gradient: yes, accumulated in fp32. May be tied to an embedding.
+        labels: (N,) int64 in [0, V), or ``ignore_index``: such a row gives 0.0 and no gradient.
+        bias: (V,) or None. Gradient: yes.
+        temperature: the *sampling* temperature (> 0); the log-probs are those of ``softmax(z / temperature)``.
+        logit_scale: factor on the logits (Cohere multiplies by it, Granite divides by ``logits_scaling``).
+        logit_softcap: bound of ``cap · tanh(z / cap)`` (Gemma), or None.
+        ignore_index: label of rows to leave out.
+        backend: ``"auto"`` (Triton on a CUDA device of capability >= 8.0, else torch), or one of them by name.
+
+    Returns:
+        (N,) fp32, nats.
+
+    Inputs that need no gradient cost nothing. FLOP: 2NVH without gradients; 4NVH forward and backward when only
+    ``hidden`` needs one (the gradient is produced in the forward pass, N·H elements are saved); 8NVH for a trainable
+    head. Extra memory: one tile buffer (CPU: 16 MiB, and as much again with a softcap) plus 4·H bytes per row of a
+    tile; a trainable half-precision head adds 4·V·H bytes to sum its gradient in fp32. None of it grows with N.
+    Under ``torch.autocast`` hidden, weight and bias are cast to the autocast dtype, as for ``torch.nn.Linear``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range. Label values are checked on
+            a CPU only; on a GPU, where a check would wait for the device, a label outside [0, V) gives NaN.
+        BackendUnavailableError: the backend asked for by name cannot run here; the message says why.
+
+    Source: the method's s and r terms, PowerFlow (arXiv 2603.18363); the tiling is ours.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias) if isinstance(hidden, Tensor) else (hidden, weight, bias)
+    transform = LogitTransform(temperature, logit_scale, logit_softcap)
+    transform = check_linear_inputs("linear_logprobs", hidden, weight, labels, bias, transform, ignore_index)
+    implementation = _implementation(backend, hidden)
+    inputs = (hidden, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return LinearLogprobsFunction.apply(hidden, weight, labels, bias, transform, ignore_index, implementation)
+    return implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index).logp
+
+
+def sequence_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Log-probability of each packed sequence: the sum of its tokens' ``linear_logprobs``.
+
+    Equals ``torch.stack([linear_logprobs(...)[a:b].sum() for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:])])`` with the
+    sums taken in fp64, since a sum of thousands of tokens in fp32 loses the digits that an importance ratio needs.
+
+    Args:
+        cu_seqlens: (B+1,) int32, from 0 to N, not decreasing: sequence b is rows cu_seqlens[b] to cu_seqlens[b+1].
+            An empty sequence gives 0.
+        others: as in ``linear_logprobs``, with the same gradients, memory and errors.
+
+    Returns:
+        (B,) fp32, nats.
+    """
+    logp = linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    check_cu_seqlens("sequence_logprobs", cu_seqlens, logp.shape[0])
+    return segment_sum(logp, cu_seqlens)
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum of ``values`` (N,) over each packed sequence, (B,), accumulated in fp64, deterministic, differentiable."""
+    if cu_seqlens.shape[0] == 1:
+        return values[:0]
+    # unsafe=True skips a check of the offsets that would make the host wait for a GPU.
+    sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0.0)
+    return sums.to(values.dtype)
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, n: int) -> None:
+    """Shape and dtype always, values on a CPU only."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{op}: cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: cu_seqlens must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
+    require_tensor(op, "cu_seqlens", cu_seqlens, shape=cu_seqlens.shape, symbols="(B+1,)", dtypes=(torch.int32,))
+    if cu_seqlens.device.type != "cpu":
+        return
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != n or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"{op}: cu_seqlens must rise from 0 to N={n} without decreasing, got {cu_seqlens[:8].tolist()}"
+            f"{'...' if cu_seqlens.shape[0] > 8 else ''} ending in {int(cu_seqlens[-1])}"
+        )
+
+
+@torch.no_grad()
+def linear_logprob_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> LogprobStats:
+    """Log-prob, log-sum-exp, entropy and mean logit of each row in one pass over the vocabulary, without gradient.
+
+    With ``z`` (N, V) the scaled, capped and tempered logits of ``linear_logprobs``:
+
+        logp = log_softmax(z)[labels]      lse = logsumexp(z)      entropy = -(softmax(z) * log_softmax(z)).sum(-1)
+        mean_logit = z.mean(-1)            so that lse - mean_logit = KL(uniform || p) + log V, Intuitor's confidence
+
+    Arguments, memory and errors are those of ``linear_logprobs``; each result is (N,) fp32, 0 at ignored rows.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias) if isinstance(hidden, Tensor) else (hidden, weight, bias)
+    transform = LogitTransform(temperature, logit_scale, logit_softcap)
+    transform = check_linear_inputs("linear_logprob_stats", hidden, weight, labels, bias, transform, ignore_index)
+    implementation = _implementation(backend, hidden)
+    out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index, stats=True)
+    return LogprobStats(out.logp, out.lse, out.entropy, out.mean_logit)

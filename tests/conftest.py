@@ -1,0 +1,60 @@
+"""Shared rules of the test suite: the Triton interpreter, tolerances, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import importlib.util
+
+    if importlib.util.find_spec("triton_interpreter"):  # TEMPORARY until it exists
+        import triton_interpreter
+
+        triton_interpreter.install()
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# Smallest error that a result may have per dtype, relative to the largest reference value (at least one nat or unit).
+# A result passes when its error against fp64 on the same rounded inputs is at most twice torch's own error at that
+# dtype, plus this floor. The table is never loosened for CI.
+FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill what ``torch.empty`` returns with NaN, so that a kernel which forgets an element shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_as_accurate_as_torch(ours, torchs, exact, dtype, what=""):
+    """``ours`` errs at most twice as much as ``torchs`` (both at ``dtype``) plus the dtype's floor, against ``exact``."""
+    assert ours.shape == exact.shape, (what, ours.shape, exact.shape)
+    assert torch.isfinite(ours).all(), f"{what}: {int((~torch.isfinite(ours)).sum())} values are not finite"
+    if exact.numel() == 0:
+        return
+    scale = max(1.0, float(exact.abs().max()))
+    error = float((ours.double() - exact).abs().max())
+    allowed = 2 * float((torchs.double() - exact).abs().max()) + FLOOR[dtype] * scale
+    assert error <= allowed, f"{what}: error {error:.3e} exceeds {allowed:.3e}"
+
+
+@pytest.fixture
+def check_accuracy():
+    return assert_as_accurate_as_torch

@@ -1,0 +1,421 @@
+"""linear_logprobs, sequence_logprobs and linear_logprob_stats on every backend, against fp64 on the same inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from powerflow_fast import chunked, dispatch, logprobs
+from powerflow_fast.errors import BackendUnavailableError
+from powerflow_fast.kernels.reference import linear_logprob_stats_ref, linear_logprobs_ref
+from powerflow_fast.logprobs import linear_logprob_stats, linear_logprobs, segment_sum, sequence_logprobs
+
+BACKENDS = ["torch", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@dataclasses.dataclass
+class Case:
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+    d_logp: torch.Tensor
+    options: dict
+
+    def tensors(self, dtype=None, **trainable):
+        """Leaves (hidden, weight, bias) in ``dtype``; pass e.g. weight=False to freeze one."""
+        leaves = {"hidden": self.hidden, "weight": self.weight}
+        if "bias" in self.options:
+            leaves["bias"] = self.options["bias"]
+        return {
+            name: t.detach().to(dtype or t.dtype).clone().requires_grad_(trainable.get(name, True))
+            for name, t in leaves.items()
+        }
+
+    def run(self, function, dtype=None, trainable=None, **extra):
+        """Value and gradients of Σ d_logp · logp."""
+        leaves = self.tensors(dtype, **(trainable or {}))
+        options = {**self.options, **extra}
+        if "bias" in leaves:
+            options["bias"] = leaves["bias"]
+        logp = function(leaves["hidden"], leaves["weight"], self.labels, **options)
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        grads = iter(torch.autograd.grad((logp * self.d_logp.to(logp.dtype)).sum(), wanted))
+        return logp.detach(), {name: next(grads) for name, t in leaves.items() if t.requires_grad}
+
+
+def make_case(dtype, *, n=37, v=131, h=40, ignored=True, sharpness=1.0, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=generator)
+    weight = torch.randn(v, h, generator=generator) * sharpness / h**0.5
+    labels = torch.randint(0, v, (n,), generator=generator)
+    if ignored:
+        labels[1::5] = -100
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(v, generator=generator).to(dtype)
+    d_logp = torch.randn(n, generator=generator)
+    return Case(hidden.to(dtype), weight.to(dtype), labels, d_logp, options)
+
+
+def naive(hidden, weight, labels, **options):
+    """What a training script does today: logits in the model's dtype, log-softmax in fp32."""
+    keep = labels != -100
+    temperature = options.pop("temperature", 1.0)
+    scale, cap = options.pop("logit_scale", 1.0), options.pop("logit_softcap", None)
+    logits = torch.nn.functional.linear(hidden, weight, options.get("bias")) * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logp = torch.log_softmax(logits.float() / temperature, -1)
+    return logp.gather(1, labels.where(keep, 0)[:, None])[:, 0].where(keep, 0.0)
+
+
+def check(case, dtype, backend, check_accuracy, trainable=None):
+    exact, exact_grads = case.run(linear_logprobs_ref, torch.float64, trainable)
+    torchs, torchs_grads = case.run(naive, None, trainable)
+    ours, grads = case.run(linear_logprobs, None, trainable, backend=backend)
+    assert ours.dtype == torch.float32
+    # The value is fp32 whatever the inputs: it has to beat half-precision logits, not merely match them.
+    check_accuracy(ours, exact if dtype != torch.float32 else torchs, exact, dtype, "logp")
+    for name, exact_grad in exact_grads.items():
+        assert grads[name].dtype == dtype
+        check_accuracy(grads[name], torchs_grads[name], exact_grad, dtype, f"d_{name}")
+
+
+TRANSFORMS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "scale": {"logit_scale": 0.25},
+    "softcap": {"logit_softcap": 4.0, "sharpness": 4.0},
+    "bias": {"bias": True},
+    "all": {"temperature": 1.3, "logit_scale": 0.5, "logit_softcap": 5.0, "bias": True, "sharpness": 4.0},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("frozen", ["none", "head", "hidden"])
+def test_value_and_gradients(backend, dtype, transform, frozen, check_accuracy):
+    case = make_case(dtype, **TRANSFORMS[transform])
+    trainable = {"none": {}, "head": {"weight": False, "bias": False}, "hidden": {"hidden": False}}[frozen]
+    check(case, dtype, backend, check_accuracy, trainable)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n", "v", "h"), [(1, 1, 3), (1, 2, 1), (129, 7, 16), (5, 1025, 33), (64, 512, 64)])
+def test_ragged_shapes(backend, n, v, h, check_accuracy):
+    check(make_case(torch.float32, n=n, v=v, h=h, ignored=False), torch.float32, backend, check_accuracy)
+    frozen_head = {"weight": False}
+    case = make_case(torch.float32, n=n, v=v, h=h, ignored=False)
+    check(case, torch.float32, backend, check_accuracy, frozen_head)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_and_only_ignored_rows(backend):
+    for n, labels in ((0, torch.empty(0, dtype=torch.int64)), (3, torch.full((3,), -100))):
+        for weight_needs_grad in (False, True):
+            hidden = torch.randn(n, 8, requires_grad=True)
+            weight = torch.randn(11, 8, requires_grad=weight_needs_grad)
+            logp = linear_logprobs(hidden, weight, labels, backend=backend)
+            logp.sum().backward()
+            assert logp.tolist() == [0.0] * n
+            assert hidden.grad.shape == (n, 8) and not hidden.grad.any()
+            assert not weight_needs_grad or not weight.grad.any()
+
+
+def special_row(gap, h=16, v=50, dtype=torch.float32):
+    """One row whose label 3 is ``gap`` nats above (or, negative, below) every other logit, which lie within ±0.5."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(v, h, generator=generator) * 0.1
+    weight[:, 0] = 0.0
+    weight[3, 0] = gap
+    hidden = torch.randn(1, h, generator=generator)
+    hidden[:, 0] = 1.0
+    return Case(hidden.to(dtype), weight.to(dtype), torch.tensor([3]), torch.ones(1), {})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("gap", [20.0, 26.0, -90.0, -120.0, -1000.0])
+def test_extreme_tokens_keep_their_digits(backend, dtype, frozen, gap):
+    """Confident tokens (1 − p < 1e-8) and tokens far below the maximum, value and gradient to relative accuracy."""
+    case = special_row(gap, dtype=dtype)
+    trainable = {"weight": not frozen}
+    exact, exact_grads = case.run(linear_logprobs_ref, torch.float64, trainable)
+    ours, grads = case.run(linear_logprobs, None, trainable, backend=backend)
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=0)
+    for name, exact_grad in exact_grads.items():
+        tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+        # Values under the dtype's own smallest number cannot be told apart from it.
+        floor = 2 * torch.finfo(dtype).tiny if dtype != torch.float16 else 1e-7
+        error = (grads[name].double() - exact_grad).abs().max()
+        assert error <= tolerance * exact_grad.abs().max() + floor, f"d_{name}: {error:.3e}"
+        if dtype != torch.float16:
+            assert grads[name].any(), f"d_{name} vanished"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_extreme_rows_among_ordinary_ones(backend, frozen, check_accuracy):
+    case = make_case(torch.float32, n=40, v=300, h=24)
+    case.hidden[::3] *= 60.0  # logits of several hundred: labels far below and far above the maximum
+    check(case, torch.float32, backend, check_accuracy, {"weight": not frozen})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tied_weight_sums_both_gradients(backend, check_accuracy):
+    table = torch.randn(64, 16, dtype=torch.float64)
+    tokens, labels = torch.randint(0, 64, (20,)), torch.randint(0, 64, (20,))
+
+    def gradient(function, dtype, **options):
+        leaf = table.to(dtype).requires_grad_()
+        hidden = torch.nn.functional.embedding(tokens, leaf).tanh()
+        return torch.autograd.grad(function(hidden, leaf, labels, **options).sum(), leaf)[0]
+
+    exact = gradient(linear_logprobs_ref, torch.float64)
+    torchs = gradient(naive, torch.float32)
+    check_accuracy(gradient(linear_logprobs, torch.float32, backend=backend), torchs, exact, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs(backend):
+    case = make_case(torch.float32, n=20, v=90, h=16)
+    expected, grads = case.run(linear_logprobs, backend=backend)
+    hidden = torch.stack([case.hidden, case.hidden], dim=-1)[..., 0].requires_grad_()
+    weight = case.weight.t().contiguous().t().requires_grad_()
+    labels = torch.stack([case.labels, case.labels], dim=-1)[:, 0]
+    assert not hidden.is_contiguous() and not weight.is_contiguous() and not labels.is_contiguous()
+    ours = linear_logprobs(hidden, weight, labels, backend=backend)
+    (ours * case.d_logp).sum().backward()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(hidden.grad, grads["hidden"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(weight.grad, grads["weight"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_bits_repeat(backend, frozen):
+    case = make_case(torch.bfloat16, n=70, v=300, h=32, bias=True)
+    trainable = {"weight": not frozen, "bias": not frozen}
+    first, first_grads = case.run(linear_logprobs, None, trainable, backend=backend)
+    for _ in range(3):
+        again, grads = case.run(linear_logprobs, None, trainable, backend=backend)
+        assert torch.equal(first, again)
+        assert all(torch.equal(first_grads[name], grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_torch_tiles_do_not_show(frozen, monkeypatch):
+    case = make_case(torch.float32, n=20, v=60, h=24, bias=True, logit_softcap=6.0)
+    trainable = {"weight": not frozen, "bias": not frozen}
+    whole, whole_grads = case.run(linear_logprobs, None, trainable)
+    for rows, columns in ((1, 1), (7, 13), (20, 7), (3, 60)):
+        monkeypatch.setattr(chunked, "_tile_shape", lambda n, v, d, tile=(rows, columns): tile)
+        tiled, tiled_grads = case.run(linear_logprobs, None, trainable)
+        torch.testing.assert_close(tiled, whole, rtol=2e-6, atol=2e-6)
+        for name in whole_grads:
+            torch.testing.assert_close(tiled_grads[name], whole_grads[name], rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_stats(backend, dtype, transform, check_accuracy):
+    case = make_case(dtype, **TRANSFORMS[transform])
+    leaves = case.tensors(torch.float64)
+    options = {**case.options, **({"bias": leaves["bias"]} if "bias" in leaves else {})}
+    exact = linear_logprob_stats_ref(leaves["hidden"], leaves["weight"], case.labels, **options)
+    ours = linear_logprob_stats(case.hidden, case.weight, case.labels, **case.options, backend=backend)
+    for name, value in zip(ours._fields, exact, strict=True):
+        result = getattr(ours, name)
+        assert result.dtype == torch.float32 and not result.requires_grad
+        check_accuracy(result, value.detach(), value.detach(), dtype, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gap", [26.0, -120.0])
+def test_stats_of_extreme_tokens(backend, gap):
+    case = special_row(gap)
+    exact = linear_logprob_stats_ref(case.hidden.double(), case.weight.double(), case.labels)
+    ours = linear_logprob_stats(case.hidden, case.weight, case.labels, backend=backend)
+    for result, value in zip(ours, exact, strict=True):
+        torch.testing.assert_close(result.double(), value, rtol=5e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sequence_logprobs(backend):
+    case = make_case(torch.float32, n=30)
+    cu_seqlens = torch.tensor([0, 0, 12, 12, 29, 30, 30], dtype=torch.int32)
+    hidden = case.hidden.clone().requires_grad_()
+    sums = sequence_logprobs(hidden, case.weight, case.labels, cu_seqlens, backend=backend)
+    tokens = linear_logprobs(case.hidden, case.weight, case.labels, backend=backend)
+    bounds = cu_seqlens.tolist()
+    expected = torch.stack([tokens[a:b].sum() for a, b in itertools.pairwise(bounds)])
+    torch.testing.assert_close(sums, expected)
+    upstream = torch.randn(6)
+    sums.backward(upstream)
+    twin = case.hidden.clone().requires_grad_()
+    per_token = torch.repeat_interleave(upstream, cu_seqlens.diff().long())
+    linear_logprobs(twin, case.weight, case.labels, backend=backend).backward(per_token)
+    assert torch.equal(hidden.grad, twin.grad)
+
+
+def test_segment_sum_keeps_the_digits_of_long_sequences():
+    values = -torch.rand(8192) * 3
+    total = segment_sum(values, torch.tensor([0, 8192], dtype=torch.int32))
+    assert abs(float(total) - float(values.double().sum())) <= 5e-4  # half a unit in the last place of the result
+    assert segment_sum(values, torch.tensor([0], dtype=torch.int32)).shape == (0,)
+
+
+def test_no_wasted_work(monkeypatch):
+    """A frozen head never runs the recomputing backward, and that one makes only the gradients that are needed."""
+    calls = []
+
+    def recorded(name):
+        function = getattr(chunked, name)
+
+        def wrapper(*args, **kwargs):
+            needs = {k: v for k, v in kwargs.items() if k.startswith("need_")}
+            calls.append((name, needs))
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    names = ("linear_logprob_fwd", "linear_logprob_fwd_d_hidden", "linear_logprob_bwd")
+    spies = types.SimpleNamespace(**{name: recorded(name) for name in names})
+    monkeypatch.setattr(logprobs, "_implementation", lambda *_: spies)
+    case = make_case(torch.float32)
+    case.run(linear_logprobs, None, {"weight": False})
+    assert [name for name, _ in calls] == ["linear_logprob_fwd_d_hidden"]
+    calls.clear()
+    case.run(linear_logprobs, None, {"hidden": False})
+    assert calls[1] == ("linear_logprob_bwd", {"need_d_hidden": False, "need_d_weight": True, "need_d_bias": False})
+    calls.clear()
+    with torch.no_grad():
+        linear_logprobs(case.hidden.requires_grad_(), case.weight, case.labels)
+    assert [name for name, _ in calls] == ["linear_logprob_fwd"]
+
+
+def test_frozen_head_saves_one_gradient_and_nothing_else():
+    case = make_case(torch.float32, n=64, v=500, h=8)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        linear_logprobs(case.hidden.requires_grad_(), case.weight, case.labels)
+    assert saved == [(64, 8)]
+
+
+def test_more_than_2_to_the_31_logits():
+    """N·V = 2.4e9: no index may be 32-bit. Rows repeat, so every result is known from the first few."""
+    n, v = 36_000, 66_000
+    hidden = torch.randn(8, 2).repeat(n // 8, 1)
+    weight, labels = torch.randn(v, 2), torch.tensor([0, 1, v // 2, v - 1]).repeat(n // 4)
+    logp = linear_logprobs(hidden, weight, labels)
+    exact = linear_logprobs_ref(hidden[:8].double(), weight.double(), labels[:8])
+    torch.testing.assert_close(logp.view(-1, 8).double(), exact.expand(n // 8, 8), rtol=1e-5, atol=1e-5)
+
+
+_PEAK = """
+import resource, sys, torch
+from powerflow_fast.logprobs import linear_logprobs
+torch.set_num_threads(1)
+hidden = torch.randn(8192, 64, requires_grad=True); weight = torch.randn(32768, 64); labels = torch.randint(0, 32768, (8192,))
+linear_logprobs(hidden[:4], weight, labels[:4]).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+linear_logprobs(hidden[:int(sys.argv[1])], weight, labels[:int(sys.argv[1])]).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_rows():
+    """Eight times the rows add only their N x H gradients (fp32 logits of 8192 rows would be 1024 MiB)."""
+    small, large = (
+        int(subprocess.run([sys.executable, "-c", _PEAK, str(n)], capture_output=True, text=True, check=True).stdout)
+        for n in (1024, 8192)
+    )
+    assert large < 80 * 1024, f"{large // 1024} MiB"
+    assert large - small < 24 * 1024, f"{small // 1024} MiB at 1024 rows, {large // 1024} MiB at 8192"
+
+
+def test_autocast_acts_as_for_a_linear_layer():
+    case = make_case(torch.float32)
+    leaves = case.tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_logprobs(leaves["hidden"], leaves["weight"], case.labels)
+    rounded = linear_logprobs(case.hidden.bfloat16(), case.weight.bfloat16(), case.labels)
+    assert ours.dtype == torch.float32 and torch.equal(ours, rounded)
+    ours.sum().backward()
+    assert leaves["hidden"].grad.dtype == torch.float32 and leaves["weight"].grad.dtype == torch.float32
+
+
+def test_gradcheck_of_the_oracle_and_of_the_torch_backend():
+    case = make_case(torch.float64, n=6, v=9, h=4, bias=True, logit_softcap=3.0, temperature=0.8)
+    leaves = case.tensors()
+    options = {"temperature": 0.8, "logit_softcap": 3.0}
+    for function in (linear_logprobs_ref, linear_logprobs):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b, function=function: function(h, w, case.labels, bias=b, **options), tuple(leaves.values())
+        )
+        assert torch.autograd.gradcheck(
+            lambda h, function=function: function(h, case.weight, case.labels, **options), (leaves["hidden"],)
+        )
+
+
+H, W, Y = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"hidden": H[0]}, ValueError, r"hidden must have two dimensions \(N, H\), got shape \(8,\)"),
+        ({"hidden": H.numpy()}, TypeError, r"hidden must be a torch.Tensor, got ndarray"),
+        ({"hidden": H.long()}, TypeError, r"hidden must be float32, bfloat16 or float16, got torch.int64"),
+        ({"weight": W.half()}, TypeError, r"weight must have hidden's dtype torch.float32, got torch.float16"),
+        ({"weight": W[:, :7]}, ValueError, r"weight must have shape \(V, H\)=\(16, 8\) to match hidden, got \(16, 7\)"),
+        ({"labels": Y[:3]}, ValueError, r"labels must have shape \(N,\)=\(4,\), got \(3,\)"),
+        ({"labels": Y.int()}, TypeError, r"labels must be torch.int64, got torch.int32"),
+        ({"labels": Y + 13}, ValueError, r"labels must lie in \[0, V\)=\[0, 16\).* got labels\[3\]=16"),
+        ({"labels": Y - 1}, ValueError, r"got labels\[0\]=-1"),
+        ({"bias": torch.zeros(15)}, ValueError, r"bias must have shape \(V,\)=\(16,\), got \(15,\)"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be finite and > 0, got 0.0"),
+        ({"temperature": float("nan")}, ValueError, r"temperature must be finite and > 0, got nan"),
+        ({"logit_scale": "2"}, TypeError, r"logit_scale must be a number, got str"),
+        ({"logit_softcap": -1.0}, ValueError, r"logit_softcap must be finite and > 0, got -1.0"),
+        ({"backend": "cuda"}, ValueError, r"backend must be 'auto', 'torch' or 'triton', got 'cuda'"),
+        ({"weight": W.to("meta")}, ValueError, r"weight must be on hidden's device cpu, got meta"),
+    ],
+)
+def test_bad_input_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        linear_logprobs(**{"hidden": H, "weight": W, "labels": Y, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        (torch.tensor([0, 4]), TypeError, "cu_seqlens must be torch.int32, got torch.int64"),
+        (torch.tensor([0, 3], dtype=torch.int32), ValueError, "must rise from 0 to N=4"),
+        (torch.tensor([0, 3, 2, 4], dtype=torch.int32), ValueError, "without decreasing"),
+        (torch.tensor([[0, 4]], dtype=torch.int32), ValueError, r"must have shape \(B\+1,\), got \(1, 2\)"),
+    ],
+)
+def test_bad_cu_seqlens_is_named(cu_seqlens, error, message):
+    with pytest.raises(error, match=message):
+        sequence_logprobs(H, W, Y, cu_seqlens)
+
+
+def test_forced_triton_without_interpreter_says_why(monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_state", lambda: (True, False, ""))
+    with pytest.raises(BackendUnavailableError, match=r"need a CUDA tensor, got one on cpu.*TRITON_INTERPRET=1"):
+        linear_logprobs(H, W, Y, backend="triton")
+    monkeypatch.setattr(dispatch, "_triton_state", lambda: (False, False, "triton cannot be imported (no module)"))
+    with pytest.raises(BackendUnavailableError, match="triton cannot be imported"):
+        linear_logprobs(H, W, Y, backend="triton")
+    assert linear_logprobs(H, W, Y).shape == (4,), "auto still runs"
