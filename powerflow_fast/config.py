@@ -1,0 +1,459 @@
+"""PowerFlowConfig: every option of a training run, checked on construction.
+
+The same dataclass feeds the Python API, YAML files and the command line: each field carries its help text and its
+bounds in ``metadata``. Names and meanings follow TRL where it has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+
+__all__ = ["PowerFlowConfig", "parse_value", "read_yaml", "suggest"]
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "all", "none")
+
+# Schedules of transformers.get_scheduler that need no further arguments. The second group reads the length of the run.
+_OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
+_CLOSED_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
+
+# Options that leave the numbers of a run alone: they may differ between a run and its continuation.
+_FREE_ON_RESUME = {
+    "activation_checkpointing",
+    "eval_steps",
+    "log_completions",
+    "logging_steps",
+    "num_sample_prompts",
+    "output_dir",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "save_steps",
+    "save_total_limit",
+    "self_check",
+    "trust_remote_code",
+}
+
+# Names people bring from other trainers, with what to write here.
+RENAMED = {
+    "beta": "there is no KL weight here; the strength of the change is alpha",
+    "epsilon": "write importance_clip=(1 - epsilon, 1 + epsilon)",
+    "epsilon_high": "write importance_clip=(1 - epsilon, 1 + epsilon_high)",
+    "loss_type": "write objective",
+    "max_new_tokens": "write max_completion_length",
+    "gradient_checkpointing": "write activation_checkpointing",
+    "lr": "write learning_rate",
+}
+
+
+def _opt(default: Any, help: str, **bounds: Any) -> Any:
+    """A field with its help text and bounds (``ge``, ``gt``, ``le``, ``lt``)."""
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclass(kw_only=True)
+class PowerFlowConfig:
+    """Options of :func:`powerflow_fast.train`.
+
+    A wrong type, a value out of range, or a contradiction raises :class:`ConfigError` that names the field, what was
+    expected and what was found. ``alpha`` may stay ``None`` here: ``train(alpha=...)`` and the command line set it.
+    """
+
+    # The target
+    alpha: float | None = _opt(
+        None, "exponent of the target p_base(y|q)^alpha: > 1 sharpens, < 1 flattens, 1 keeps the base model", gt=0
+    )
+    objective: Literal["la_tb"] = _opt("la_tb", "training loss; la_tb is length-amortised trajectory balance")
+    log_z: Literal["learned", "group"] = _opt(
+        "learned",
+        "log-partition per token: a small learned head on the prompt, or the mean over a prompt's completions",
+    )
+    log_z_learning_rate: float = _opt(1e-3, "learning rate of the learned log Z' head", gt=0)
+    log_z_num_layers: int = _opt(1, "linear layers of the learned log Z' head", ge=1, le=3)
+    format_penalty: float = _opt(
+        -0.5, "added to a completion's mean base log-prob (nats per token) when format_fn returns False", le=0
+    )
+    importance_level: Literal["sequence", "length_normalized"] = _opt(
+        "sequence", "ratio of policies that weighs stale samples: of whole sequences, or its per-token geometric mean"
+    )
+    importance_clip: tuple[float, float] = _opt((0.8, 1.2), "lower and upper bound of that ratio; must enclose 1")
+
+    # Sampling
+    num_generations: int = _opt(8, "completions per prompt", ge=1)
+    max_prompt_length: int = _opt(512, "longest prompt in tokens; a longer one is an error", ge=1)
+    max_completion_length: int = _opt(256, "most tokens per completion, the end-of-sequence token included", ge=1)
+    temperature: float = _opt(1.0, "sampling temperature; log-probs are scored at the same temperature", gt=0)
+    top_p: float = _opt(1.0, "must stay 1.0: samples are drawn from the full softmax that is scored")
+    top_k: int = _opt(0, "must stay 0: samples are drawn from the full softmax that is scored")
+    rollout_batch_size: int = _opt(64, "sequences decoded at once on each device", ge=1)
+    use_chat_template: bool | Literal["auto"] = _opt(
+        "auto", "wrap prompts in the tokenizer's chat template; auto: where it has one"
+    )
+    system_prompt: str | None = _opt(None, "system message put before every prompt; needs a chat template")
+
+    # Optimisation
+    learning_rate: float = _opt(1e-6, "peak learning rate of the policy", gt=0)
+    lr_scheduler_type: str = _opt(
+        "constant_with_warmup", "learning-rate schedule: " + ", ".join(_OPEN_SCHEDULES + _CLOSED_SCHEDULES)
+    )
+    warmup_steps: int = _opt(0, "optimizer steps of linear warm-up", ge=0)
+    weight_decay: float = _opt(0.0, "AdamW weight decay of the policy (the log Z' head has none)", ge=0)
+    adam_beta1: float = _opt(0.9, "AdamW beta1", ge=0, lt=1)
+    adam_beta2: float = _opt(0.999, "AdamW beta2", ge=0, lt=1)
+    adam_epsilon: float = _opt(1e-8, "AdamW epsilon", gt=0)
+    max_grad_norm: float = _opt(1.0, "gradients are scaled down to this norm; 0 switches it off", ge=0)
+    per_device_train_batch_size: int = _opt(8, "sequences per micro-batch on each device", ge=1)
+    gradient_accumulation_steps: int = _opt(1, "micro-batches per optimizer step", ge=1)
+    steps_per_generation: int | None = _opt(
+        None, "micro-batches per rollout, a multiple of gradient_accumulation_steps (default: equal to it)", ge=1
+    )
+    num_iterations: int = _opt(1, "passes over each rollout", ge=1)
+    max_steps: int = _opt(-1, "optimizer steps of the run; -1: num_train_epochs decides", ge=-1)
+    num_train_epochs: float = _opt(1.0, "passes over the prompts when max_steps is -1", gt=0)
+    seed: int = _opt(0, "seed of initialisation, prompt order and sampling", ge=0, lt=2**32)
+
+    # Model and memory
+    dtype: Literal["auto", "float32", "bfloat16"] = _opt(
+        "auto", "dtype of loaded weights; auto: float32, or as stored with use_peft"
+    )
+    bf16: bool | Literal["auto"] = _opt(
+        "auto", "bfloat16 autocast; auto: on CUDA with compute capability >= 8.0 and CPUs with AMX or AVX512-BF16"
+    )
+    activation_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
+    base: Literal["auto", "adapter_off", "copy", "cpu"] = _opt(
+        "auto", "where p_base comes from: the model with its adapter off, a frozen copy, or a frozen copy in CPU memory"
+    )
+    use_peft: bool = _opt(False, "train a LoRA adapter instead of all weights")
+    lora_r: int = _opt(16, "LoRA rank", ge=1)
+    lora_alpha: int = _opt(32, "LoRA scale numerator", ge=1)
+    lora_dropout: float = _opt(0.0, "LoRA dropout", ge=0, lt=1)
+    lora_target_modules: str | list[str] = _opt(  # noqa: RUF009
+        "all-linear", "modules that get an adapter; all-linear: every linear layer except the head"
+    )
+    trust_remote_code: bool = _opt(False, "run Python code that comes with the model")
+    self_check: bool = _opt(True, "compare our log-probs with the model's own logits before training")
+
+    # Output
+    output_dir: str = _opt("powerflow-run", "folder of the run: model, history, plots, checkpoints")
+    logging_steps: int = _opt(1, "steps between rows of history.jsonl and trackers", ge=1)
+    save_steps: int = _opt(0, "steps between checkpoints; 0: only at the end", ge=0)
+    save_total_limit: int | None = _opt(None, "checkpoints to keep; older ones are deleted", ge=1)
+    eval_steps: int = _opt(0, "steps between calls of eval_fn; 0: never", ge=0)
+    report_to: str | list[str] = _opt("none", "experiment trackers: " + ", ".join(TRACKERS))  # noqa: RUF009
+    run_name: str | None = _opt(None, "name of the run in trackers")
+    resume_from_checkpoint: bool | str | None = _opt(
+        None, "true: continue from the newest checkpoint in output_dir; or a checkpoint folder"
+    )
+    num_sample_prompts: int = _opt(4, "prompts whose completions are shown before and after training", ge=0)
+    log_completions: bool = _opt(False, "also write every sampled completion to completions.jsonl")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _checked(f, getattr(self, f.name)))
+
+        for name, only in (("top_p", 1.0), ("top_k", 0)):
+            if getattr(self, name) != only:
+                raise _error(
+                    f"{name} must be {only}, got {getattr(self, name)}: truncated sampling draws from another "
+                    "distribution than the full softmax that is scored, and the loss would lose its target. Use "
+                    "temperature instead"
+                )
+        if self.max_steps == 0:
+            raise _error("max_steps must be -1 (num_train_epochs decides) or >= 1, got 0")
+        low, high = self.importance_clip
+        if not 0 <= low <= 1 <= high:
+            raise _error(f"importance_clip must be (low, high) with 0 <= low <= 1 <= high, got {self.importance_clip}")
+        if self.lr_scheduler_type not in _OPEN_SCHEDULES + _CLOSED_SCHEDULES:
+            raise _error(
+                f"lr_scheduler_type must be one of {', '.join(_OPEN_SCHEDULES + _CLOSED_SCHEDULES)}, "
+                f"got {self.lr_scheduler_type!r}{suggest(self.lr_scheduler_type, _OPEN_SCHEDULES + _CLOSED_SCHEDULES)}"
+            )
+        if self.log_z == "group" and self.num_generations < 2:
+            raise _error(f"num_generations must be >= 2 with log_z='group', got {self.num_generations}")
+        if self.steps_per_generation and self.steps_per_generation % self.gradient_accumulation_steps:
+            raise _error(
+                f"steps_per_generation must be a multiple of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}, got {self.steps_per_generation}"
+            )
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise _error(f"report_to must name {', '.join(TRACKERS)}, got {tracker!r}{suggest(tracker, TRACKERS)}")
+        targets = self.lora_target_modules
+        if any(t.split(".")[-1] == "lm_head" for t in ([targets] if isinstance(targets, str) else targets)):
+            raise _error(
+                f"lora_target_modules must not contain the head, got {targets!r}: log-probs are computed from the "
+                "head's own weight, and an adapter on it would be left out"
+            )
+        if not self.output_dir.strip():
+            raise _error("output_dir must not be empty")
+
+    # Derived sizes
+
+    @property
+    def trackers(self) -> list[str]:
+        """``report_to`` as a list; empty for ``none``."""
+        names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to
+        return [n.strip() for n in names if n.strip() != "none"]
+
+    @property
+    def micro_batches_per_generation(self) -> int:
+        """``steps_per_generation`` with its default filled in."""
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    @property
+    def updates_per_generation(self) -> int:
+        """Optimizer steps made from one rollout."""
+        return self.micro_batches_per_generation // self.gradient_accumulation_steps * self.num_iterations
+
+    def require_alpha(self) -> float:
+        """``alpha``, or :class:`ConfigError` when nobody set it."""
+        if self.alpha is None:
+            raise _error("alpha is required and must be > 0: alpha=4 sharpens a base model, alpha=0.5 flattens it")
+        return self.alpha
+
+    def sequences_per_step(self, world_size: int = 1) -> int:
+        """Sequences whose gradients make one optimizer step, over all devices."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+
+    def generation_batch_size(self, world_size: int = 1) -> int:
+        """Sequences of one rollout over all devices: a multiple of ``num_generations``, or :class:`ConfigError`."""
+        per_device, steps = self.per_device_train_batch_size, self.micro_batches_per_generation
+        size = per_device * steps * world_size
+        if size % self.num_generations:
+            # The least multiple of the batch size that, with the other two factors, is divisible.
+            unit = self.num_generations // math.gcd(self.num_generations, steps * world_size)
+            fits = [n for n in range(2, size + 1) if size % n == 0]
+            near = sorted(sorted(fits, key=lambda n: abs(n - self.num_generations))[:5])
+            raise _error(
+                f"num_generations={self.num_generations} must divide the {size} sequences of a rollout "
+                f"(per_device_train_batch_size={per_device} x {steps} micro-batches x {world_size} devices). "
+                f"Set num_generations to one of {near or [1]}, or per_device_train_batch_size to a multiple of {unit}"
+            )
+        return size
+
+    def prompts_per_generation(self, world_size: int = 1) -> int:
+        """Prompts of one rollout over all devices."""
+        return self.generation_batch_size(world_size) // self.num_generations
+
+    def total_steps(self, num_prompts: int, world_size: int = 1) -> int:
+        """Optimizer steps of the whole run: ``max_steps``, or what ``num_train_epochs`` over ``num_prompts`` needs."""
+        if self.max_steps > 0:
+            return self.max_steps
+        rollouts = math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_generation(world_size))
+        return rollouts * self.updates_per_generation
+
+    def resolve_bf16(self, device_type: str) -> bool:
+        """Whether to autocast to bfloat16 on ``device_type`` (``"cuda"``, ``"cpu"``, ...)."""
+        if self.bf16 != "auto":
+            return self.bf16
+        import torch
+
+        if device_type == "cuda":
+            return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device_type == "cpu":
+            # torch has no public test for these two instruction sets in every version we support.
+            probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+            return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+        return False
+
+    # Dicts, files, resume
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PowerFlowConfig:
+        """The config with ``values`` over the defaults; an unknown name raises, with the nearest one suggested."""
+        for name in values:
+            if message := _unknown(name):
+                raise _error(message)
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> PowerFlowConfig:
+        """The config in a YAML file of ``field: value`` lines; errors name the file and, where known, the line."""
+        values = read_yaml(path)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def merge(self, **overrides: Any) -> PowerFlowConfig:
+        """A copy with ``overrides``, checked like :meth:`from_dict`."""
+        return self.from_dict({**self.to_dict(), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as values that JSON can hold."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The fields that change a run's numbers and so must be equal when it is resumed.
+
+        Left out: fields about output only; the run's length when the schedule does not depend on it; options of LoRA
+        and of the log Z' head where those are not in use. What no field holds (the number of devices, the prompts) is
+        the trainer's to record.
+        """
+        values = self.to_dict()
+        unused = set(_FREE_ON_RESUME)
+        if self.lr_scheduler_type in _OPEN_SCHEDULES:
+            unused |= {"max_steps", "num_train_epochs"}
+        elif self.max_steps > 0:
+            unused.add("num_train_epochs")
+        unused |= {n for n in values if n.startswith("lora_") and not self.use_peft}
+        unused |= {n for n in values if n.startswith("log_z_") and self.log_z != "learned"}
+        return {n: v for n, v in values.items() if n not in unused}
+
+    def diff_for_resume(self, saved: Mapping[str, Any]) -> list[str]:
+        """One line per field in which ``saved`` (:meth:`to_dict` or :meth:`fingerprint_fields`) differs from here."""
+        here = self.fingerprint_fields()
+        missing = object()
+        lines = []
+        for name, value in here.items():
+            other = _plain(saved.get(name, missing))
+            if other is missing:
+                lines.append(f"{name}: not recorded in the checkpoint, this run has {value!r}")
+            elif other != value:
+                lines.append(f"{name}: checkpoint has {other!r}, this run has {value!r}")
+        unknown = sorted(saved.keys() - _FIELD_TYPES.keys())
+        return lines + [f"{n}: checkpoint has {saved[n]!r}, this version has no such field" for n in unknown]
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of ``names``, or an empty string."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def read_yaml(path: str | Path, *, also: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file whose keys are config fields (or in ``also``); errors name the file and the line."""
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot read the config file: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of field: value, got a {type(values).__name__}")
+    seen = set()
+    for key, _ in node.value if node else ():
+        where = f"{path}:{key.start_mark.line + 1}"
+        if key.value in seen:
+            raise ConfigError(f"{where}: {key.value} is given twice")
+        seen.add(key.value)
+        if key.value not in also and (message := _unknown(key.value)):
+            raise ConfigError(f"{where}: {message}")
+    return {name: parse_value(name, value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def parse_value(name: str, text: str) -> Any:
+    """``text`` as the value of field ``name`` (``1e-6``, ``true``, ``none``, ``[0.8, 1.2]``), else ``text`` itself.
+
+    YAML reads ``1e-6`` as a string, and the command line has only strings: both come through here.
+    """
+    hint = _FIELD_TYPES.get(name, str)
+    candidates: list[Any] = []
+    if text.lower() in ("none", "null"):
+        candidates.append(None)
+    if text.lower() in ("true", "false"):
+        candidates.append(text.lower() == "true")
+    for convert in (int, float, json.loads):
+        try:
+            candidates.append(convert(text))
+        except ValueError:
+            continue
+    # A string that spells no other value the field takes stays a string.
+    return next((c for c in candidates if _matches(c, hint)), text)
+
+
+def _error(message: str) -> ConfigError:
+    return ConfigError(f"PowerFlowConfig: {message}")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that a config equals its JSON."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _unknown(name: str) -> str | None:
+    """What is wrong with the field name ``name``, or ``None``."""
+    if name in _FIELD_TYPES:
+        return None
+    hint = f": {RENAMED[name]}" if name in RENAMED else suggest(str(name), _FIELD_TYPES)
+    return f"unknown field {name!r}{hint}"
+
+
+def _checked(f: dataclasses.Field, value: Any) -> Any:
+    """``value`` of field ``f``, its type and bounds checked; an int becomes a float, a list a tuple, as declared."""
+    hint = _FIELD_TYPES[f.name]
+    if isinstance(value, Path):
+        value = str(value)
+    if not _matches(value, hint):
+        raise _error(f"{f.name} must be {_describe(hint)}, got {value!r} ({type(value).__name__})")
+    if get_origin(hint) is tuple:
+        value = tuple(float(v) for v in value)
+    elif isinstance(value, int) and not isinstance(value, bool) and float in (hint, *get_args(hint)):
+        value = float(value)
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        if isinstance(number, (int, float)) and not math.isfinite(number):
+            raise _error(f"{f.name} must be finite, got {value}")
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    for key, symbol, holds in (
+        ("ge", ">=", lambda v, b: v >= b),
+        ("gt", ">", lambda v, b: v > b),
+        ("le", "<=", lambda v, b: v <= b),
+        ("lt", "<", lambda v, b: v < b),
+    ):
+        if key in f.metadata and not holds(value, f.metadata[key]):
+            raise _error(f"{f.name} must be {symbol} {f.metadata[key]}, got {value}")
+    return value
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether ``value`` has the type ``hint``; an int is a float, a bool is no number, a list may stand for a tuple."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, a) for a in args)
+    if origin is Literal:
+        return any(type(value) is type(a) and value == a for a in args)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(_matches, value, args))
+    if origin is list:
+        return isinstance(value, list) and all(_matches(v, args[0]) for v in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    """``hint`` in words, for error messages."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args)
+    if origin is Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin is tuple:
+        return f"{len(args)} numbers"
+    if origin is list:
+        return f"a list of {args[0].__name__}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "None"}[hint]
+
+
+_FIELD_TYPES: dict[str, Any] = get_type_hints(PowerFlowConfig)

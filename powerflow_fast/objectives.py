@@ -1,0 +1,330 @@
+"""The LA-TB loss: pure functions of log-probs.
+
+Length-averaged trajectory balance drives ``log Z'(q) + s(y)`` towards ``α (r(y) + ψ(y))``, where s and r are the mean
+log-probs per token of a completion under the policy and the base model; see ``la_tb_loss``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _extension
+from .dispatch import Backend, require_positive, require_tensor
+from .logprobs import check_cu_seqlens, linear_logprobs, segment_sum
+
+__all__ = ["LATBOutput", "la_tb_loss", "linear_la_tb_loss"]
+
+ImportanceLevel = Literal["sequence", "length_normalized"]
+
+
+class LATBOutput(NamedTuple):
+    """The loss and, per sequence, what made it; only ``loss`` is differentiable."""
+
+    loss: Tensor
+    """() the mean of w δ² over the sequences of the step."""
+    delta: Tensor
+    """(B,) the residual δ, nats per token; 0 for a sequence without tokens."""
+    weight: Tensor
+    """(B,) the clipped importance ratio w; 1 on-policy, 0 for a sequence without tokens."""
+    logp_mean: Tensor
+    """(B,) s, the mean log-prob per token under the policy; 0 for a sequence without tokens."""
+
+
+def la_tb_loss(
+    logps: Tensor,
+    base_logps: Tensor,
+    log_z: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    alpha: float,
+    psi: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    clip: tuple[float, float] = (0.8, 1.2),
+    importance_level: ImportanceLevel = "sequence",
+    num_sequences: int | None = None,
+) -> LATBOutput:
+    """Length-averaged trajectory-balance loss of B packed completions. In plain torch, with no empty completion:
+
+        length = cu_seqlens.diff()
+        logp = torch.segment_reduce(logps, "sum", offsets=cu_seqlens.long())
+        delta = log_z + logp / length - alpha * (base_logps / length + psi)
+        weight = (logp.detach() - old_logps).exp().clamp(*clip)      # the exponent / length if "length_normalized"
+        loss = (weight * delta**2).sum() / num_sequences
+
+    in one pass that also makes the gradients, with fp64 sums, the same bits on every run, and a ratio of any size
+    clipped before it can overflow. A completion without tokens adds nothing to the loss, the mean or the gradients.
+
+    Args:
+        logps: (N,) fp32 or fp64, log-probs of the completion tokens under the policy at the sampling temperature, the
+            completions one after the other. Gradient: ``2 w δ / (length · n)`` for each token.
+        base_logps: (B,) sums of the tokens' log-probs under the base model. No gradient.
+        log_z: (B,) log Z' of each completion's prompt, nats per token. Gradient: ``2 w δ / n``.
+        cu_seqlens: (B+1,) int32, from 0 to N, not decreasing: completion b is ``logps[cu_seqlens[b]:cu_seqlens[b+1]]``.
+        alpha: exponent of the target ``p_base(y|q)^alpha``, finite and > 0.
+        psi: (B,) format penalty, 0 or negative, added to r before the multiplication by alpha. None: 0. No gradient.
+        old_logps: (B,) sums of the log-probs under the policy that sampled the completions. None: that is this policy,
+            and w = 1. No gradient.
+        clip: bounds of w, ``0 <= low <= 1 <= high``.
+        importance_level: ``"sequence"``, the ratio of the sequences' probabilities, or ``"length_normalized"``, the
+            geometric mean of the tokens' ratios.
+        num_sequences: n, the divisor of the mean: the sequences with tokens of the whole optimiser step, so that the
+            losses of its micro-batches add up to the step's. None (or 0): those of this call, counted on the device.
+
+    Returns:
+        LATBOutput: loss () and detached delta, weight, logp_mean (B,), in logps' dtype. All (B,) inputs have that dtype
+        and every tensor is on one device. The gradients are made in the forward pass (N + B elements); a second
+        derivative raises RuntimeError.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range. The values of cu_seqlens
+            are checked on a CPU only; on a GPU, offsets that don't partition the tokens give a NaN loss.
+
+    Without the compiled op (or without one for this device) plain torch computes the same and a RuntimeWarning says
+    why, once. Non-finite log-probs give a non-finite loss: nothing is masked.
+
+    Source: PowerFlow (arXiv 2603.18363); trajectory balance is Malkin et al. 2022 (arXiv 2201.13259).
+    """
+    return la_tb(
+        "la_tb_loss",
+        logps,
+        base_logps,
+        log_z,
+        cu_seqlens,
+        alpha=alpha,
+        psi=psi,
+        old_logps=old_logps,
+        clip=clip,
+        importance_level=importance_level,
+        num_sequences=num_sequences,
+    )
+
+
+def linear_la_tb_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    base_logps: Tensor,
+    log_z: Tensor,
+    *,
+    alpha: float,
+    psi: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    clip: tuple[float, float] = (0.8, 1.2),
+    importance_level: ImportanceLevel = "sequence",
+    num_sequences: int | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: Backend = "auto",
+) -> LATBOutput:
+    """LA-TB loss from hidden states: ``la_tb_loss(linear_logprobs(hidden, weight, labels, ...), base_logps, ...)``.
+
+    Arguments, gradients (hidden, weight, bias, log_z), memory and errors are those of ``linear_logprobs`` and
+    ``la_tb_loss``; hidden is (N, H), weight (V, H), labels (N,) and the (B,) inputs are fp32. Every packed row counts
+    in a completion's length, so labels can't hold ``-100``: leave such rows out when packing. That is checked on a CPU.
+    """
+    if isinstance(labels, Tensor) and _values_are_readable(labels) and bool((labels == -100).any()):
+        row = int((labels == -100).nonzero()[0])
+        raise ValueError(
+            f"linear_la_tb_loss: labels must not hold ignored rows, got labels[{row}]=-100: "
+            "every packed row counts in a completion's length"
+        )
+    logps = linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        backend=backend,
+    )
+    return la_tb(
+        "linear_la_tb_loss",
+        logps,
+        base_logps,
+        log_z,
+        cu_seqlens,
+        alpha=alpha,
+        psi=psi,
+        old_logps=old_logps,
+        clip=clip,
+        importance_level=importance_level,
+        num_sequences=num_sequences,
+    )
+
+
+def la_tb(
+    op: str,
+    logps: Tensor,
+    base_logps: Tensor,
+    log_z: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    alpha: float,
+    psi: Tensor | None,
+    old_logps: Tensor | None,
+    clip: tuple[float, float],
+    importance_level: ImportanceLevel,
+    num_sequences: int | None,
+) -> LATBOutput:
+    """``la_tb_loss`` under the name ``op`` of the public function that was called, for the error messages."""
+    _check_tensors(op, logps, base_logps, log_z, cu_seqlens, psi, old_logps)
+    alpha = require_positive(op, "alpha", alpha)
+    low, high = _check_clip(op, clip)
+    if importance_level not in ("sequence", "length_normalized"):
+        raise ValueError(f"{op}: importance_level must be 'sequence' or 'length_normalized', got {importance_level!r}")
+    if num_sequences is None:
+        num_sequences = 0
+    elif isinstance(num_sequences, bool) or not isinstance(num_sequences, int):
+        raise TypeError(f"{op}: num_sequences must be an int or None, got {type(num_sequences).__name__}")
+    elif num_sequences < 0:
+        raise ValueError(f"{op}: num_sequences must be >= 0, got {num_sequences}")
+    implementation = torch.ops.powerflow_fast.la_tb if _has_kernel(op, logps.device.type) else _la_tb_torch
+    length_normalized = importance_level == "length_normalized"
+    inputs = (logps, base_logps, log_z, cu_seqlens, psi, old_logps)
+    return LATBOutput(*implementation(*inputs, alpha, low, high, length_normalized, num_sequences)[:4])
+
+
+def _la_tb_torch(
+    logps: Tensor,
+    base_logps: Tensor,
+    log_z: Tensor,
+    cu_seqlens: Tensor,
+    psi: Tensor | None,
+    old_logps: Tensor | None,
+    alpha: float,
+    low: float,
+    high: float,
+    length_normalized: bool,
+    num_sequences: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op without its gradients, which autograd makes: for devices that the compiled library has no code for."""
+    length = cu_seqlens.diff()
+    has_tokens = length > 0
+    divisor = length.clamp(min=1).double()
+    logp = segment_sum(logps.double(), cu_seqlens)
+    target = base_logps.detach().double() / divisor
+    if psi is not None:
+        target = target + psi.detach()
+    delta = (log_z + logp / divisor - alpha * target).where(has_tokens, 0.0)
+    weight = has_tokens.double()
+    if old_logps is not None:
+        log_ratio = logp.detach() - old_logps.detach()
+        if length_normalized:
+            log_ratio = log_ratio / divisor
+        bounds = (math.log(bound) if bound > 0 else -math.inf for bound in (low, high))
+        weight = log_ratio.clamp(*bounds).exp().where(has_tokens, 0.0)
+    n = num_sequences if num_sequences > 0 else has_tokens.sum().clamp(min=1)
+    loss = (weight * delta.square()).sum() / n
+    return tuple(x.to(logps.dtype) for x in (loss, delta.detach(), weight, (logp / divisor).detach()))
+
+
+_warned: set[str] = set()
+
+
+def _has_kernel(op: str, device_type: str) -> bool:
+    status = _extension.extension_status()
+    if status.available and (device_type in ("cpu", "meta") or (device_type == "cuda" and status.cuda)):
+        return True
+    if device_type not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device_type)
+        warnings.warn(
+            f"{op} runs in plain torch on {device_type}: the compiled op is {status.reason}"
+            if status.available
+            else f"{op} runs in plain torch: {status.reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return False
+
+
+def _values_are_readable(tensor: Tensor) -> bool:
+    """Reading a tensor's values makes the host wait for a GPU, and splits a graph that is being compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_tensors(
+    op: str,
+    logps: Tensor,
+    base_logps: Tensor,
+    log_z: Tensor,
+    cu_seqlens: Tensor,
+    psi: Tensor | None,
+    old_logps: Tensor | None,
+) -> None:
+    for name, tensor, symbols in (("logps", logps, "(N,)"), ("cu_seqlens", cu_seqlens, "(B+1,)")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 1 or (name == "cu_seqlens" and tensor.shape[0] == 0):
+            raise ValueError(f"{op}: {name} must have shape {symbols}, got {tuple(tensor.shape)}")
+    if logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: logps must be torch.float32 or torch.float64, got {logps.dtype}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{op}: cu_seqlens must be torch.int32, got {cu_seqlens.dtype}")
+    batch = cu_seqlens.shape[0] - 1
+    for name, tensor in (("base_logps", base_logps), ("log_z", log_z), ("psi", psi), ("old_logps", old_logps)):
+        if tensor is None and name in ("psi", "old_logps"):
+            continue
+        require_tensor(op, name, tensor, shape=(batch,), symbols="(B,)", dtypes=(logps.dtype,))
+        if tensor.device != logps.device:
+            raise ValueError(f"{op}: {name} must be on logps' device {logps.device}, got {tensor.device}")
+    if cu_seqlens.device != logps.device:
+        raise ValueError(f"{op}: cu_seqlens must be on logps' device {logps.device}, got {cu_seqlens.device}")
+    if _values_are_readable(cu_seqlens):
+        check_cu_seqlens(op, cu_seqlens, logps.shape[0])
+
+
+def _check_clip(op: str, clip: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in clip)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: clip must be two numbers (low, high), got {clip!r}") from None
+    if not (0 <= low <= 1 <= high < math.inf):
+        raise ValueError(f"{op}: clip must satisfy 0 <= low <= 1 <= high < inf, got {clip!r}")
+    return low, high
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Identity on a gradient, tied to the inputs that it depends on, so that differentiating it again is an error."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, logps: Tensor, log_z: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "la_tb_loss: second derivatives are not available, the op makes its gradients as constants in the forward "
+            "pass; powerflow_fast.kernels.la_tb_reference.la_tb_loss_ref can be differentiated twice"
+        )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logps, _, log_z, *_ = inputs
+    _, *constants, d_logps, d_log_z = output
+    ctx.mark_non_differentiable(*constants, d_logps, d_log_z)
+    ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
+    ctx.save_for_backward(d_logps, d_log_z, logps, log_z)
+
+
+def _backward(ctx, d_loss, *_):
+    d_logps, d_log_z, logps, log_z = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 11
+    for position, unit in ((0, d_logps), (2, d_log_z)):
+        if d_loss is not None and ctx.needs_input_grad[position]:
+            grad = d_loss * unit
+            # grad mode is on in a backward pass only if its own graph is wanted (create_graph=True)
+            grads[position] = _RefuseSecondDerivative.apply(grad, logps, log_z) if torch.is_grad_enabled() else grad
+    return tuple(grads)
+
+
+if _extension.extension_status().available:
+    torch.library.register_autograd("powerflow_fast::la_tb", _backward, setup_context=_setup_context)

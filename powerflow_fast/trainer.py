@@ -1,0 +1,557 @@
+"""``train``: sample from the policy, score under p_base, take LA-TB steps, show what happens, save.
+
+accelerate places the model on its devices, wraps it for several processes, casts, reduces gradients and feeds trackers.
+Its ``save_state`` is not used: it writes pickles, and checkpoints here are safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from . import __version__, report
+from .checkpoint import git_commit, latest_checkpoint, prepare_output_dir
+from .config import PowerFlowConfig
+from .data import PromptDataset, check_lengths, encode_prompt, load_prompts, prompt_indices
+from .errors import ConfigError, ModelError, NonFiniteLossError
+from .heads import unwrap_peft
+from .models import (
+    CausalLMScorer,
+    add_lora,
+    disable_dropout,
+    is_peft,
+    load_model,
+    make_base,
+    max_positions,
+)
+from .partition import LogZHead
+from .plots import plot_history
+from .rollout import HFGenerateEngine, seeded
+from .run_state import RunState, find_checkpoint
+from .self_check import self_check
+from .update import Policy, Samples, StepSums, Updater
+
+__all__ = ["StepReport", "TrainResult", "train"]
+
+logger = logging.getLogger(__name__)
+
+_CARD_METRICS = ("entropy", "policy_logp", "base_logp", "length", "delta_abs")
+
+FormatFn = Callable[..., bool]
+EvalFn = Callable[[nn.Module, Any, int], dict[str, float]]
+
+
+class StepReport(NamedTuple):
+    """What a callback gets after each optimiser step."""
+
+    step: int
+    metrics: dict[str, float]
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The trained model (in eval mode), its tokenizer, one dict per logged step, and the folder of the run."""
+
+    model: nn.Module
+    tokenizer: Any
+    history: list[dict[str, float]]
+    output_dir: Path
+
+    @property
+    def model_dir(self) -> Path:
+        """Loads with ``AutoModelForCausalLM.from_pretrained``; a LoRA run is merged into it."""
+        return self.output_dir / "model"
+
+
+def train(
+    model: str | Path | nn.Module,
+    prompts: Any,
+    *,
+    alpha: float | None = None,
+    config: PowerFlowConfig | None = None,
+    format_fn: FormatFn | None = None,
+    eval_fn: EvalFn | None = None,
+    callbacks: Sequence[Callable[[StepReport], bool | None]] = (),
+    tokenizer: Any = None,
+    **overrides: Any,
+) -> TrainResult:
+    """Train ``model`` to sample from ``p_base(y|q) ** alpha``, where p_base is the model as it is given.
+
+    Args:
+        model: hub name, local folder, or a loaded ``PreTrainedModel`` or ``PeftModel`` (trained in place).
+        prompts: list of strings or of chat message lists, a ``datasets.Dataset``, or a path to .jsonl/.json/.parquet/
+            .txt. Other columns of a row reach ``format_fn`` as keywords.
+        alpha: > 1 sharpens (4 for a base model, 2 for an instruct model), < 1 flattens (0.5).
+        config: all other options; ``overrides`` are fields of it and win.
+        format_fn: ``format_fn(prompt, completion, **columns) -> bool``; a completion for which it is False is scored
+            with ``config.format_penalty`` nats per token added to its base log-prob.
+        eval_fn: ``eval_fn(model, tokenizer, step) -> {name: number}``, called before, every ``eval_steps``, and after.
+        callbacks: called with a :class:`StepReport` after each optimiser step; a true result ends the training.
+        tokenizer: used instead of the one beside the model.
+
+    Returns:
+        :class:`TrainResult`. ``output_dir`` then holds ``model/`` (plain safetensors, with a model card),
+        ``history.jsonl``, ``history.png``, ``samples.md``, ``run.json`` and ``checkpoint-<step>/``.
+
+    Run it under ``accelerate launch`` for several GPUs. On one machine the numbers are a function of the config, the
+    prompts and the weights: a run that was killed and resumed ends with the same bits on a CPU.
+
+    Raises:
+        ConfigError, DataError, ModelError, SelfCheckError, OutputDirError, CheckpointError: before the first step.
+        NonFiniteLossError: the loss or its gradient was NaN or infinite; the weights before that step are saved.
+
+    Source: LA-TB, PowerFlow (arXiv 2603.18363).
+    """
+    config = config or PowerFlowConfig()
+    config = config.merge(**overrides, **({} if alpha is None else {"alpha": alpha}))
+    config.require_alpha()
+    return _Run(model, prompts, config, format_fn, eval_fn, callbacks, tokenizer).train()
+
+
+class _Run:
+    """State of one call of :func:`train`, built in the order in which things can go wrong most cheaply."""
+
+    def __init__(self, model, prompts, config: PowerFlowConfig, format_fn, eval_fn, callbacks, tokenizer):
+        self.config, self.alpha = config, config.require_alpha()
+        self.format_fn, self.eval_fn, self.callbacks = format_fn, eval_fn, callbacks
+        self.dataset: PromptDataset = load_prompts(prompts)
+        self.accelerator = _make_accelerator(config)
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.is_main = self.accelerator.is_main_process
+        self.prompts_per_rollout = config.prompts_per_generation(self.world)
+        self._check_groups()
+        self.total_steps = config.total_steps(len(self.dataset), self.world)
+        self.resume_from = find_checkpoint(config)
+
+        weights_dtype = config.dtype
+        if weights_dtype == "auto" and not config.use_peft:
+            # A step of 1e-6 disappears in a bfloat16 weight: what is trained is kept in fp32, and bf16 is autocast.
+            weights_dtype = "float32"
+        loaded = load_model(
+            model, tokenizer=tokenizer, dtype=weights_dtype, trust_remote_code=config.trust_remote_code
+        )
+        self.tokenizer, self.model_name = loaded.tokenizer, loaded.name
+        self._check_prompts(loaded.model)
+        self.model = self._prepare_model(loaded.model)
+        self._build()
+
+    # Set-up
+
+    def _check_groups(self) -> None:
+        config, k = self.config, self.config.num_generations
+        per_device = config.per_device_train_batch_size * config.micro_batches_per_generation
+        if self.world > 1 and per_device % k:
+            raise ConfigError(
+                f"PowerFlowConfig: the completions of a prompt stay on one device: num_generations={k} must divide "
+                f"its {per_device} sequences of a rollout"
+            )
+        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        if config.log_z == "group" and per_step % k:
+            raise ConfigError(
+                f"PowerFlowConfig: log_z='group' needs whole groups in each optimizer step: num_generations={k} must "
+                f"divide per_device_train_batch_size x gradient_accumulation_steps = {per_step}"
+            )
+
+    def _check_prompts(self, model: nn.Module) -> None:
+        config = self.config
+        self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
+        longest = check_lengths(
+            self.dataset, self.tokenizer, max_prompt_length=config.max_prompt_length, **self._encode_options
+        )
+        limit = max_positions(model)
+        if limit is not None and longest + config.max_completion_length > limit:
+            raise ConfigError(
+                f"PowerFlowConfig: the longest prompt has {longest} tokens; with max_completion_length="
+                f"{config.max_completion_length} that exceeds the model's {limit} positions; set max_completion_length "
+                f"to at most {limit - longest}"
+            )
+
+    def _prepare_model(self, model: nn.Module) -> nn.Module:
+        config = self.config
+        with seeded(config.seed, torch.device("cpu")):  # a LoRA adapter starts from random numbers
+            if config.use_peft and not is_peft(model):
+                model = add_lora(
+                    model,
+                    r=config.lora_r,
+                    alpha=config.lora_alpha,
+                    dropout=config.lora_dropout,
+                    target_modules=config.lora_target_modules,
+                )
+        disable_dropout(model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ModelError("train: no parameter of the model requires a gradient")
+        halves = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+        if halves:
+            logger.warning(
+                "trained weights are %s: steps smaller than their rounding are lost; load the model with "
+                "dtype=torch.float32 and set bf16=True instead",
+                ", ".join(map(str, halves)),
+            )
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.to(self.accelerator.device)
+
+    def _build(self) -> None:
+        """Everything that needs the model: base, engine, optimiser, scheduler, check, output folder, resumed state."""
+        from transformers import get_scheduler
+
+        config, accelerator = self.config, self.accelerator
+        # Before anything is loaded over the weights: p_base is the model as it was given.
+        self.base = make_base(self.model, config.base)
+        scorer = CausalLMScorer(self.model)
+        head = None
+        if config.log_z == "learned":
+            with seeded(config.seed, torch.device("cpu")):
+                head = LogZHead(scorer.head.weight.shape[1], num_layers=config.log_z_num_layers)
+            head.to(accelerator.device)
+        self.policy = Policy(scorer, head)
+        self.engine = HFGenerateEngine(
+            self.model,
+            self.tokenizer,
+            temperature=config.temperature,
+            max_completion_length=config.max_completion_length,
+            batch_size=config.rollout_batch_size,
+            autocast=accelerator.autocast,
+        )
+        trained = [p for p in scorer.parameters() if p.requires_grad]
+        groups = [{"params": trained, "lr": config.learning_rate, "weight_decay": config.weight_decay}]
+        if head is not None:
+            groups.append({"params": list(head.parameters()), "lr": config.log_z_learning_rate, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(
+            groups,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=accelerator.device.type == "cuda",
+        )
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        identity = {
+            "prompts": self.dataset.fingerprint,
+            "base_model": _weights_fingerprint(self.base.scorer.model),
+            "num_processes": self.world,
+        }
+        self.state = RunState(self.policy, optimizer, self.scheduler, config, identity)
+        if config.self_check:
+            self_check(
+                scorer,
+                self.tokenizer,
+                temperature=config.temperature,
+                sample_prompts_ids=[self._encode(i) for i in range(min(4, len(self.dataset)))],
+                engine=self.engine,
+                autocast=accelerator.autocast,
+            )
+        self.step, self.samples = 0, None
+        if self.resume_from is not None:
+            self.step, self.samples = self.state.load(self.resume_from, self.rank)
+        self.wrapped, self.optimizer = accelerator.prepare(self.policy, optimizer)
+        self.updater = Updater(
+            self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=self.engine.pad_id
+        )
+
+        resuming = self.config.resume_from_checkpoint not in (None, False)
+        record = {"config": config.to_dict(), "model": self.model_name, "prompts": self.dataset.description, **identity}
+        self.output_dir = Path(config.output_dir)
+        if self.is_main:
+            prepare_output_dir(self.output_dir, run_record=record, resume=resuming)
+        accelerator.wait_for_everyone()
+        if config.trackers:
+            accelerator.init_trackers(
+                config.run_name or "powerflow",
+                config={k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))},
+            )
+
+    def _encode(self, index: int) -> list[int]:
+        return encode_prompt(self.dataset[index], self.tokenizer, **self._encode_options)
+
+    # The loop
+
+    def train(self) -> TrainResult:
+        config = self.config
+        history_file = self.output_dir / "history.jsonl"
+        # Rows after the resumed step are dropped: those steps are made again.
+        self.history_file = report.HistoryWriter(history_file, resume_step=self.step) if self.is_main else None
+        self.history = report.read_history(history_file) if self.is_main else []
+        progress = report.ProgressLine(self.total_steps, first=self.step) if self.is_main else None
+        before = self._samples_before()
+        if self.step == 0:
+            self._evaluate(record_always=True)
+        stop = self.step >= self.total_steps
+        if stop:
+            logger.warning("nothing to do: the checkpoint is at step %d of %d", self.step, self.total_steps)
+        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        while not stop:
+            rollout_number, update = divmod(self.step, config.updates_per_generation)
+            timings = {"rollout": 0.0, "score": 0.0}
+            if update == 0:
+                self.samples = self._rollout(rollout_number, timings)
+            parts = list(self.samples.split(per_step))
+            part = parts[update % len(parts)]
+            # An untrained head starts at the best constant.
+            if self.step == 0 and self.policy.log_z_head is not None:
+                self.policy.log_z_head.warm_start(self.updater.mean_target(part))
+            logged = (self.step + 1) % config.logging_steps == 0 or self.step + 1 == self.total_steps
+            metrics = self._step(part, on_policy=update == 0, logged=logged, timings=timings)
+            self.step += 1
+            if logged:
+                self._record(metrics)
+                if progress:
+                    progress.update({"step": self.step, **metrics})
+            if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.total_steps:
+                self._evaluate()
+            step_report = StepReport(self.step, metrics, self.model)
+            stop = any([callback(step_report) for callback in self.callbacks]) or self.step >= self.total_steps
+            if config.save_steps and self.step % config.save_steps == 0 and not stop:
+                self._save()
+        if progress:
+            progress.close()
+        self._save()
+        self._evaluate(record_always=True)
+        return self._finish(before)
+
+    def _rollout(self, number: int, timings: dict[str, float]) -> Samples:
+        """Completions for this device's share of rollout ``number``, scored under p_base and, if needed, the policy."""
+        config, k = self.config, self.config.num_generations
+        started = time.perf_counter()
+        indices = prompt_indices(number, self.prompts_per_rollout, len(self.dataset), config.seed)
+        share = len(indices) // self.world
+        indices = indices[self.rank * share : (self.rank + 1) * share] if self.world > 1 else indices
+        prompts = [ids for i in indices for ids in [self._encode(i)] * k]
+        rollout = self.engine.generate(prompts, seed=_seed_of(config.seed, number, self.rank))
+        timings["rollout"] = time.perf_counter() - started
+        started = time.perf_counter()
+        samples = Samples(
+            rollout.prompt_ids,
+            rollout.completion_ids,
+            rollout.finished,
+            group_ids=torch.arange(len(indices)).repeat_interleave(k),
+            psi=self._format_penalties(indices, rollout.completion_ids),
+        ).to(self.accelerator.device)
+        samples.base_logps = self.updater.score_base(samples)
+        if config.updates_per_generation > 1:
+            samples.old_logps = self.updater.policy_sums(samples)
+        timings["score"] = time.perf_counter() - started
+        if config.log_completions and self.is_main:
+            self._write_completions(number, indices, rollout)
+        return samples
+
+    def _format_penalties(self, indices: list[int], completions: list[list[int]]) -> torch.Tensor:
+        psi = torch.zeros(len(completions))
+        if self.format_fn is None:
+            return psi
+        for j, text in enumerate(self.tokenizer.batch_decode(completions, skip_special_tokens=True)):
+            row = self.dataset[indices[j // self.config.num_generations]]
+            if not self.format_fn(row.prompt, text, **row.extra):
+                psi[j] = self.config.format_penalty
+        return psi
+
+    def _step(
+        self, samples: Samples, *, on_policy: bool, logged: bool, timings: dict[str, float]
+    ) -> dict[str, float]:
+        """One optimiser step; raises before the weights change when the gradient is not finite."""
+        started = time.perf_counter()
+        self.wrapped.train()
+        sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
+        max_norm = self.config.max_grad_norm or float("inf")
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
+        loss = float(self.accelerator.reduce(sums.loss, reduction="sum"))
+        if not (torch.isfinite(torch.tensor(loss)) and torch.isfinite(torch.tensor(grad_norm))):
+            self._stop_non_finite(loss, grad_norm)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        timings["update"] = time.perf_counter() - started
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        if logged:
+            metrics |= self._metrics(samples, sums)
+        seconds = sum(timings.values())
+        tokens = sum(map(len, samples.prompt_ids)) + sum(samples.lengths)
+        metrics |= {f"seconds/{name}": value for name, value in timings.items()}
+        metrics["tokens_per_second"] = tokens * self.world / seconds
+        return metrics
+
+    def _metrics(self, samples: Samples, sums: StepSums) -> dict[str, float]:
+        """Means over the sequences (entropy: tokens) of all devices."""
+        device = self.accelerator.device
+        lengths = torch.tensor(samples.lengths, device=device)
+        kept = lengths > 0
+        low, high = self.config.importance_clip
+        per_sequence = {
+            "delta_abs": sums.delta.abs(),
+            "log_z": sums.log_z,
+            "policy_logp": sums.logp_mean,
+            "base_logp": samples.base_logps / lengths.clamp_min(1),
+            "length": lengths.float(),
+            "finished": torch.tensor(samples.finished, device=device).float(),
+            "format_ok": (samples.psi == 0).float(),
+            "importance_weight": sums.weight,
+            "clip_fraction": ((sums.weight <= low) | (sums.weight >= high)).float(),
+        }
+        totals = [value[kept].double().sum() for value in per_sequence.values()]
+        totals += [kept.sum().double(), sums.entropy.double().sum(), lengths.sum().double()]
+        *means, count, entropy, tokens = self.accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
+        metrics = {name: total / max(count, 1) for name, total in zip(per_sequence, means, strict=True)}
+        return metrics | {"entropy": entropy / max(tokens, 1)}
+
+    def _stop_non_finite(self, loss: float, grad_norm: float) -> None:
+        step = self.step + 1
+        finite = all(bool(torch.isfinite(p).all()) for p in self.policy.parameters())
+        if finite and self.step > 0:
+            self._save()
+        kept = latest_checkpoint(self.output_dir)
+        saved = f"the state after step {self.step} is in {kept}" if kept else "no checkpoint was written before it"
+        raise NonFiniteLossError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; this step did not change the weights, and {saved}. "
+            "Lower learning_rate, or look for prompts or completions that the model gives no finite log-probs",
+            step=step,
+            checkpoint=str(kept) if kept else None,
+        )
+
+    # What people see
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        row = {"step": self.step, **metrics}
+        if self.is_main:
+            self.history.append(row)
+            self.history_file.write(row)
+        self.accelerator.log(metrics, step=self.step)
+
+    def _evaluate(self, *, record_always: bool = False) -> None:
+        if self.eval_fn is None or not (record_always or self.config.eval_steps):
+            return
+        if self.is_main:
+            self.model.eval()
+            with torch.no_grad():
+                scores = self.eval_fn(self.model, self.tokenizer, self.step)
+            self._record({f"eval/{name}": float(value) for name, value in scores.items()})
+        self.accelerator.wait_for_everyone()
+
+    def _draw_samples(self) -> list[report.Sample]:
+        """The same prompts and seed whenever it is called, so that before and after can be compared."""
+        count = min(self.config.num_sample_prompts, len(self.dataset))
+        if not count or not self.is_main:
+            return []
+        prompts = [self._encode(i) for i in range(count)]
+        rollout = self.engine.generate(prompts, seed=_seed_of(self.config.seed, 0, 0))
+        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+        return [report.Sample(_prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
+
+    def _samples_before(self) -> list[report.Sample]:
+        path = self.output_dir / "samples_before.json"
+        if path.is_file():  # a resumed run: its policy is no longer the one from before
+            return [report.Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
+        samples = self._draw_samples()
+        if self.is_main:
+            rows = [asdict(sample) for sample in samples]
+            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+        return samples
+
+    def _write_completions(self, number: int, indices: list[int], rollout: Any) -> None:
+        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+        with open(self.output_dir / "completions.jsonl", "a", encoding="utf-8") as file:
+            for j, text in enumerate(texts):
+                row = {"rollout": number, "prompt_index": indices[j // self.config.num_generations], "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _save(self) -> None:
+        """A checkpoint at the present step; an unfinished rollout goes with it."""
+        unfinished = self.step % self.config.updates_per_generation != 0
+        self.state.save(self.output_dir, self.step, self.samples if unfinished else None, self.accelerator)
+
+    def _finish(self, before: list[report.Sample]) -> TrainResult:
+        self.model.eval()
+        steps = [row for row in self.history if "loss" in row]
+        if self.is_main:
+            self.history_file.close()
+            _save_model(self.model, self.tokenizer, self.output_dir)
+            if self.policy.log_z_head is not None:
+                save_file(self.policy.log_z_head.state_dict(), self.output_dir / "log_z_head.safetensors")
+            report.write_model_card(
+                self.output_dir / "model",
+                alpha=self.alpha,
+                base_model=self.model_name,
+                data_description=self.dataset.description,
+                config=self.config.to_dict(),
+                commit=git_commit() or __version__,
+                metrics=[(name, steps[0][name], steps[-1][name]) for name in _CARD_METRICS] if steps else [],
+            )
+            report.write_samples(self.output_dir / "samples.md", before, self._draw_samples())
+            if steps:
+                plot_history(
+                    steps,
+                    self.output_dir / "history.png",
+                    alpha=self.alpha,
+                    max_completion_length=self.config.max_completion_length,
+                )
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return TrainResult(self.model, self.tokenizer, self.history, self.output_dir)
+
+
+def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _make_accelerator(config: PowerFlowConfig) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    # The state is shared by a process: a second train() in it may want another precision.
+    AcceleratorState._reset_state()
+    device_type = PartialState().device.type
+    return Accelerator(
+        mixed_precision="bf16" if config.resolve_bf16(device_type) else "no",
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
+    )
+
+
+def _seed_of(seed: int, number: int, rank: int) -> int:
+    """A seed for rollout ``number`` on device ``rank``: a resumed run draws what the first one would have drawn."""
+    import numpy
+
+    return int(numpy.random.SeedSequence([seed, number, rank]).generate_state(1, numpy.uint32)[0])
+
+
+def _weights_fingerprint(model: nn.Module) -> str:
+    """Tells one base model from another: a digest of the first numbers of every frozen weight."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, p in unwrap_peft(model).named_parameters():
+        if "lora_" in name:
+            continue
+        digest.update(f"{tuple(p.shape)}".encode())
+        digest.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _save_model(model: nn.Module, tokenizer: Any, output_dir: Path) -> None:
+    """``model/`` loads with plain transformers. It is complete or absent: written beside its place and renamed."""
+    import copy
+    import shutil
+
+    if is_peft(model):
+        model.save_pretrained(output_dir / "adapter")
+        model = copy.deepcopy(model).cpu().merge_and_unload()
+    temporary, final = output_dir / ".model.tmp", output_dir / "model"
+    for folder in (temporary, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(final)
+

@@ -1,0 +1,141 @@
+"""A run killed at any moment and resumed ends with the same bits as the run that was never killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import run, same, weights
+from tiny import tiny_model
+
+from powerflow_fast.checkpoint import latest_checkpoint
+from powerflow_fast.errors import CheckpointError
+
+TESTS = Path(__file__).parent
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(step):
+    def callback(report):
+        if report.step == step:
+            raise Killed
+
+    return callback
+
+
+@pytest.mark.parametrize("log_z", ["learned", "group"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"save_steps": 1, "lr_scheduler_type": "linear", "warmup_steps": 2},
+        {"save_steps": 2, "num_iterations": 3, "weight_decay": 0.1},  # checkpoints within a rollout
+        {"save_steps": 1, "use_peft": True, "lora_r": 2, "steps_per_generation": 2},
+    ],
+    ids=["each-step", "stale-rollouts", "lora"],
+)
+def test_resumed_run_is_bit_equal(tmp_path, options, log_z):
+    options = {"max_steps": 6, "log_z": log_z, "num_sample_prompts": 1, **options}
+    whole = run(tmp_path, name="whole", **options)
+    for step in (3, 5):
+        resume = step != 3
+        with pytest.raises(Killed):
+            run(tmp_path, name="cut", callbacks=[kill_after(step)], resume_from_checkpoint=resume, **options)
+    resumed = run(tmp_path, name="cut", resume_from_checkpoint=True, **options)
+    assert same(weights(resumed.model), weights(whole.model))
+    head = [tmp_path / name / "log_z_head.safetensors" for name in ("whole", "cut")]
+    assert log_z == "group" or same(*map(load_file, head))
+    timed = {"tokens_per_second"} | {f"seconds/{k}" for k in ("rollout", "score", "update")}
+
+    def numbers(result):
+        return [{k: v for k, v in row.items() if k not in timed} for row in result.history]
+
+    assert numbers(resumed) == numbers(whole), "the history has no gap and no double row"
+    texts = [(tmp_path / name / "samples.md").read_text() for name in ("whole", "cut")]
+    assert texts[0] == texts[1]
+
+
+_SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_trainer import run
+run(Path(sys.argv[2]), name=sys.argv[3], resume_from_checkpoint=sys.argv[4] == "resume" or None, max_steps=12, save_steps=1,
+    num_iterations=2, num_sample_prompts=1, save_total_limit=2)
+"""
+
+
+def start(folder, name, mode):
+    command = [sys.executable, "-c", _SCRIPT, str(TESTS), str(folder), name, mode]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_killed_at_random_moments(tmp_path):
+    """kill -9 to a process at random moments of its training, until one gets through."""
+    assert start(tmp_path, "whole", "new").wait() == 0
+    rng, kills, mode = random.Random(0), 0, "new"
+    folder = tmp_path / "cut"
+    while kills < 5:
+        process = start(tmp_path, "cut", mode)
+        # Wait for training to begin (or go on), then for a random moment of it.
+        known = latest_checkpoint(folder) if folder.exists() else None
+        while process.poll() is None and (latest_checkpoint(folder) if folder.exists() else None) == known:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills, mode = kills + 1, "resume"
+    assert start(tmp_path, "cut", "resume").wait() == 0
+    names = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
+    assert same(*map(load_file, names))
+    assert len(list(folder.glob("checkpoint-*"))) == 2, "save_total_limit holds across the kills"
+    rows = [json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 13))
+
+
+def test_resume_of_another_run_is_refused(tmp_path):
+    run(tmp_path, max_steps=2)
+    refused = [
+        ({"alpha": 3.0}, "alpha: checkpoint has 2.0, this run has 3.0"),
+        ({"learning_rate": 1e-4, "seed": 5}, r"learning_rate: checkpoint has 0.001.*\n.*seed: checkpoint has 0"),
+        ({"prompts": ["other "]}, "prompts: checkpoint has"),
+        ({"model": tiny_model(seed=1)}, "base_model: checkpoint has"),
+        ({"log_z": "group"}, "log_z: checkpoint has 'learned', this run has 'group'"),
+    ]
+    for options, message in refused:
+        with pytest.raises(CheckpointError, match=f"(?s){message}.*start a new run"):
+            run(tmp_path, resume_from_checkpoint=True, **{"max_steps": 4, **options})
+    longer = run(tmp_path, resume_from_checkpoint=True, max_steps=4)
+    assert [row["step"] for row in longer.history] == [1, 2, 3, 4], "a longer run with a constant rate goes on"
+
+
+def test_resume_before_the_first_checkpoint_starts_anew(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, callbacks=[kill_after(2)])
+    resumed = run(tmp_path, resume_from_checkpoint=True)
+    assert same(weights(resumed.model), weights(run(tmp_path, name="whole").model))
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    run(tmp_path, max_steps=2, save_steps=1)
+    newest = tmp_path / "run" / "checkpoint-2"
+    file = newest / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="weights.safetensors: damaged"):
+        run(tmp_path, max_steps=4, resume_from_checkpoint=str(newest))
+    assert torch.isfinite(torch.tensor(run(tmp_path, max_steps=3, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")).history[-1]["loss"]))

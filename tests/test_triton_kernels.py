@@ -1,0 +1,436 @@
+"""The Triton kernels in Triton's interpreter, against fp64 on the same rounded inputs. A tile there is 64 x 256 x 64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+import triton_interpreter
+
+from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd
+from powerflow_fast.kernels.launch import LogitTransform, Tile
+from powerflow_fast.kernels.reference import linear_logprob_stats_ref, linear_logprobs_ref
+
+pytestmark = [
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IGNORE = -100
+PLAIN = LogitTransform()
+
+
+@dataclasses.dataclass
+class Case:
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+    d_logp: torch.Tensor
+    bias: torch.Tensor | None = None
+    transform: LogitTransform = PLAIN
+
+    def arguments(self):
+        return self.hidden, self.weight, self.labels, self.bias, self.transform, IGNORE
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Everything that the three launchers return."""
+        out = linear_logprob_fwd.linear_logprob_fwd(*self.arguments(), stats=True)._asdict()
+        assert torch.equal(out.pop("others_sum").isnan(), out.pop("others_max").isnan())
+        forward = linear_logprob_fwd.linear_logprob_fwd(*self.arguments())
+        out["logp without stats"] = forward.logp
+        out["logp of unit"], out["unit"] = linear_logprob_fwd.linear_logprob_fwd_d_hidden(*self.arguments())
+        grads = linear_logprob_bwd.linear_logprob_bwd(
+            *self.arguments(), forward, self.d_logp,
+            need_d_hidden=True, need_d_weight=True, need_d_bias=self.bias is not None,
+        )  # fmt: skip
+        out |= {
+            name: grad for name, grad in zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True) if grad is not None
+        }
+        return out
+
+    def reference(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = {"d_hidden": self.hidden, "d_weight": self.weight}
+        if self.bias is not None:
+            leaves["d_bias"] = self.bias
+        leaves = {name: x.to(dtype).detach().requires_grad_() for name, x in leaves.items()}
+        options = {**self.transform._asdict(), "bias": leaves.get("d_bias"), "ignore_index": IGNORE}
+        heads = leaves["d_hidden"], leaves["d_weight"], self.labels
+        logp, lse, entropy, mean_logit = linear_logprob_stats_ref(*heads, **options)
+        grads = torch.autograd.grad((logp * self.d_logp.to(dtype)).sum(), list(leaves.values()), retain_graph=True)
+        (unit,) = torch.autograd.grad(logp.sum(), leaves["d_hidden"])
+        out = {"logp": logp, "lse": lse, "entropy": entropy, "mean_logit": mean_logit, "unit": unit}
+        out |= {"logp without stats": logp, "logp of unit": logp}
+        return {name: x.detach() for name, x in (out | dict(zip(leaves, grads, strict=True))).items()}
+
+    def check(self, check_accuracy):
+        ours, torchs, exact = self.run(), self.reference(self.hidden.dtype), self.reference(torch.float64)
+        assert ours.keys() == exact.keys()
+        for name, x in ours.items():
+            inputs = {"unit": self.hidden, "d_hidden": self.hidden, "d_weight": self.weight, "d_bias": self.bias}
+            assert x.dtype == (inputs[name].dtype if name in inputs else torch.float32), name
+            check_accuracy(x, torchs[name], exact[name], self.hidden.dtype, name)
+
+
+def make_case(dtype=torch.float32, *, n=70, v=300, h=72, ignored=True, bias=False, sharpness=1.0, seed=0, **transform):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=generator).to(dtype)
+    weight = (torch.randn(v, h, generator=generator) * sharpness / h**0.5).to(dtype)
+    labels = torch.randint(0, v, (n,), generator=generator)
+    if ignored:
+        labels[1::3] = IGNORE
+    d_logp = torch.randn(n, generator=generator)
+    b = torch.randn(v, generator=generator).to(dtype) if bias else None
+    return Case(hidden, weight, labels, d_logp, b, LogitTransform(**transform))
+
+
+def case_of_logits(logits, labels, dtype=torch.float32) -> Case:
+    """A case whose logits are the given numbers, exactly where the dtype holds them, and whose gradients are not 0."""
+    n, v = logits.shape
+    weight = torch.randn(v, n + 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight[:, :n] = logits.t()
+    return Case(torch.eye(n, n + 8).to(dtype), weight, labels, torch.ones(n))
+
+
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"logit_softcap": 4.0, "sharpness": 3.0},
+    "all": {"bias": True, "temperature": 0.7, "logit_scale": 1.5, "logit_softcap": 6.0, "sharpness": 3.0},
+    "hot": {"temperature": 1.7, "logit_scale": 0.25},
+    "peaked": {"sharpness": 25.0},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_matches_fp64(options, dtype, check_accuracy):
+    make_case(dtype, **options).check(check_accuracy)
+
+
+SHAPES = {
+    "no rows": {"n": 0},
+    "one row": {"n": 1, "ignored": False},
+    "one column": {"v": 1},
+    "two columns": {"v": 2},
+    "a last tile of one column": {"v": 257},
+    "whole tiles": {"n": 128, "v": 512, "h": 64},
+    "rows off 16 bytes": {"h": 37, "bias": True},
+    "one feature": {"h": 1, "n": 5},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes(shape, dtype, check_accuracy):
+    make_case(dtype, **shape).check(check_accuracy)
+
+
+def test_column_of_every_tile_can_be_the_label(check_accuracy):
+    case = make_case(n=8, v=520, ignored=False)
+    case.labels = torch.tensor([0, 255, 256, 257, 511, 512, 518, 519])
+    case.check(check_accuracy)
+
+
+def test_pointers_and_copy_engine_give_equal_bits(monkeypatch):
+    case = make_case(torch.bfloat16, bias=True)
+    with_descriptors = case.run()
+    monkeypatch.setattr(launch, "tile_for", lambda *_, **__: Tile(64, 256, 64, 4, 1, False))
+    for name, x in case.run().items():
+        assert torch.equal(x, with_descriptors[name]), name
+
+
+def test_ignored_rows_are_zero_and_change_nothing_else():
+    case = make_case(torch.bfloat16, n=200, bias=True)
+    case.labels[64:192] = IGNORE  # whole tiles in the order given, as the backward pass reads them
+    keep = case.labels != IGNORE
+    full = case.run()
+    for name in ("logp", "lse", "entropy", "mean_logit", "unit", "logp of unit", "d_hidden"):
+        assert (full[name][~keep] == 0).all(), name
+    kept = dataclasses.replace(
+        case, hidden=case.hidden[keep], labels=case.labels[keep], d_logp=case.d_logp[keep]
+    ).run()  # fmt: skip
+    for name in ("logp", "lse", "entropy", "mean_logit", "unit", "d_hidden"):
+        torch.testing.assert_close(
+            full[name][keep], kept[name], rtol=1e-6 if full[name].dtype == torch.float32 else 0.02, atol=1e-6
+        )
+    for name in ("d_weight", "d_bias"):
+        torch.testing.assert_close(full[name], kept[name], rtol=0.02, atol=1e-2)
+
+
+def test_all_rows_ignored(check_accuracy):
+    case = make_case(torch.bfloat16, bias=True)
+    case.labels[:] = IGNORE
+    case.check(check_accuracy)
+    assert all((x == 0).all() for x in case.run().values())
+
+
+def test_ignored_rows_cost_no_tile(monkeypatch):
+    case = make_case(n=256, v=512)
+    case.labels[torch.arange(256) % 4 != 0] = IGNORE  # scattered: 64 rows or fewer remain, one tile of 64
+    tiles = []
+    for module in (linear_logprob_fwd, linear_logprob_bwd):
+        tile = module.logit_tile
+        monkeypatch.setattr(module, "logit_tile", lambda *a, tile=tile: (tiles.append(1), tile(*a))[1])
+    linear_logprob_fwd.linear_logprob_fwd(*case.arguments())
+    assert len(tiles) == 2
+    linear_logprob_fwd.linear_logprob_fwd_d_hidden(*case.arguments())
+    assert len(tiles) == 4
+    case.labels[:192] = IGNORE
+    forward = launch.ForwardOutput(*torch.ones(3, 256))
+    linear_logprob_bwd.linear_logprob_bwd(
+        *case.arguments(), forward, case.d_logp, need_d_hidden=True, need_d_weight=False, need_d_bias=False
+    )
+    assert len(tiles) == 6
+
+
+def test_a_zero_upstream_gradient_costs_no_tile(monkeypatch):
+    case = make_case(n=128, ignored=False, bias=True)
+    case.d_logp[:64] = 0.0
+    grads = case.run()
+    assert (grads["d_hidden"][:64] == 0).all()
+    tiles = []
+    tile = linear_logprob_bwd.logit_tile
+    monkeypatch.setattr(linear_logprob_bwd, "logit_tile", lambda *a: (tiles.append(1), tile(*a))[1])
+    again = case.run()
+    assert len(tiles) == 2
+    assert all(torch.equal(grads[name], again[name]) for name in grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_confident_tokens_keep_their_digits(dtype):
+    """1 - p from 1e-4 down to 1e-30: logp and the gradients of hidden, label row and other rows, all relative."""
+    gaps = torch.tensor([14.0, 25.0, 30.0, 40.0, 64.0, 72.0])
+    if dtype == torch.float16:  # which can't hold 1e-10: the gradient of hidden is a number, not a ratio
+        gaps = gaps[:1]
+    logits = torch.zeros(len(gaps), 300)
+    labels = torch.arange(len(gaps)) * 50
+    logits[torch.arange(len(gaps)), labels] = gaps
+    case = case_of_logits(logits, labels, dtype)
+    ours, exact = case.run(), case.reference(torch.float64)
+    for name in ("logp", "logp of unit"):
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=2e-6, atol=0)
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}[dtype]
+    for name in ("unit", "d_hidden"):
+        error = (ours[name].double() - exact[name]).abs().amax(1) / exact[name].abs().amax(1)
+        assert (error < rtol).all(), (name, error)
+    rows = exact["d_weight"][labels].abs().amax(1)
+    assert ((ours["d_weight"][labels].double() - exact["d_weight"][labels]).abs().amax(1) < rtol * rows).all()
+    entropy = exact["entropy"].abs()
+    assert ((ours["entropy"].double() - exact["entropy"]).abs() < 1e-5 * entropy + 1e-30).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 300.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unlikely_tokens_among_likely_ones(dtype, softcap, check_accuracy):
+    """Tokens 12 to 1000 nats below the maximum, which are written anew around it, in one tile with ordinary rows."""
+    case = make_case(dtype, n=70, ignored=True, logit_softcap=softcap)
+    case.hidden[:, 0] = 0
+    case.hidden[::5] = 0
+    case.hidden[::5, 0] = 1
+    deep = torch.arange(0, 70, 5)
+    depth = torch.tensor([12.0, 40.0, 64.0, 90.0, 120.0, 400.0, 1000.0]).repeat(2)
+    case.labels[deep] = 20 + torch.arange(14)
+    case.weight[20:34, 0] = -depth.to(dtype)
+    limit = linear_logprob_fwd.ANCHOR_LIMIT[dtype]
+    sums = (-case.reference(torch.float64)["logp"]).exp()
+    assert 0 < (sums > limit).sum() < 14 and not (sums > limit)[1::5].any()
+    case.check(check_accuracy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_logits(dtype, check_accuracy):
+    case = make_case(dtype, sharpness=150.0)
+    assert (case.hidden.double() @ case.weight.double().t()).abs().max() > 400
+    case.check(check_accuracy)
+
+
+def test_a_label_outside_the_vocabulary_gives_nan_in_its_row_alone():
+    case = make_case(n=70, ignored=False)
+    good = case.run()
+    wrong = torch.tensor([3, 40, 41, 69])
+    case.labels[wrong] = torch.tensor([300, -1, 2**32 + 5, 2**40])
+    bad = case.run()
+    fine = torch.ones(70, dtype=torch.bool)
+    fine[wrong] = False
+    for name in ("logp", "logp without stats", "logp of unit", "unit", "d_hidden"):
+        assert bad[name][wrong].isnan().all(), name
+        assert torch.equal(bad[name][fine], good[name][fine]), name
+
+
+def test_layouts(check_accuracy):
+    """Any strides: transposed, sliced to an odd offset, expanded, every second element."""
+    case = make_case(torch.bfloat16, bias=True)
+    wanted = case.run()
+    n, h = case.hidden.shape
+    layouts = {
+        "hidden": [case.hidden.t().contiguous().t(), torch.zeros(n, 2 * h, dtype=torch.bfloat16)[:, 3 : h + 3]],
+        "weight": [case.weight.t().contiguous().t(), torch.zeros(300, h + 8, dtype=torch.bfloat16)[:, :h]],
+        "labels": [torch.zeros(n, 2, dtype=torch.int64)[:, 0]],
+        "bias": [torch.zeros(300, 2, dtype=torch.bfloat16)[:, 1]],
+        "d_logp": [torch.zeros(n, 2)[:, 1]],
+    }
+    for name, views in layouts.items():
+        for view in views:
+            odd = dataclasses.replace(case, **{name: view.copy_(getattr(case, name))})
+            for key, x in odd.run().items():
+                assert torch.equal(x, wanted[key]), (name, key)
+    dataclasses.replace(case, hidden=case.hidden[:1].expand(n, h), d_logp=torch.ones(()).expand(n)).check(
+        check_accuracy
+    )
+
+
+def test_bias_has_a_dtype_of_its_own():
+    case = make_case(torch.bfloat16, bias=True)
+    half = case.run()
+    full = dataclasses.replace(case, bias=case.bias.float()).run()
+    assert full["d_bias"].dtype == torch.float32
+    for name, x in full.items():
+        assert torch.equal(x.to(half[name].dtype), half[name]), name
+
+
+def test_chunks_change_nothing(monkeypatch, check_accuracy):
+    case = make_case(torch.bfloat16, n=200, v=600, bias=True, logit_softcap=8.0, sharpness=3.0)
+    whole = case.run()
+    monkeypatch.setattr(linear_logprob_fwd, "SCRATCH_ROWS", 64)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 2 * 64 * 608)
+    assert launch.plan_rows(200, 2 * 608, 72, launch.tile_for(torch.bfloat16, None, heavy=True), 1) == 64
+    assert launch.plan_columns(600, 2 * 200, launch.tile_for(torch.bfloat16, None, heavy=True)) == 256
+    parts = case.run()
+    for name in ("logp", "lse", "entropy", "mean_logit", "logp of unit", "d_weight", "d_bias"):
+        assert torch.equal(whole[name], parts[name]), name
+    case.check(check_accuracy)
+
+
+def test_equal_bits_every_time():
+    case = make_case(torch.bfloat16, n=130, bias=True, sharpness=8.0)
+    first, second = case.run(), case.run()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_what_is_needed(monkeypatch):
+    case = make_case(torch.bfloat16, bias=True)
+    forward = linear_logprob_fwd.linear_logprob_fwd(*case.arguments())
+    assert forward[3:] == (None, None, None)
+    full = case.run()
+    products = []
+    for name in ("matmul_fp32", "add_matmul_fp32_"):
+        function = getattr(linear_logprob_bwd, name)
+        monkeypatch.setattr(
+            linear_logprob_bwd, name, lambda *a, f=function, name=name: (products.append(name), f(*a))[1]
+        )
+    for wanted in ("d_hidden", "d_weight", "d_bias"):
+        needs = {f"need_{name}": name == wanted for name in ("d_hidden", "d_weight", "d_bias")}
+        products.clear()
+        grads = linear_logprob_bwd.linear_logprob_bwd(*case.arguments(), forward, case.d_logp, **needs)
+        for name, grad in zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True):
+            assert grad is None if name != wanted else torch.equal(grad, full[name])
+        assert bool(products) == (wanted == "d_hidden")
+
+
+def test_row_plan_fills_the_gpu_within_its_budget():
+    tile = launch.tile_for(torch.bfloat16, (9, 0), heavy=False)
+    for v, h in ((151936, 1536), (151936, 3584), (128256, 4096), (49152, 576), (256000, 2304), (8_000_000, 4096)):
+        rows = launch.plan_rows(100_000, 2 * v, h, tile, 132)
+        assert rows % tile.block_n == 0 and rows > 0
+        assert rows == tile.block_n or rows * 2 * v <= launch.SCRATCH_BYTES
+        assert launch.plan_rows(rows, 2 * v, h, tile, 132) == rows
+    rows = launch.plan_rows(100_000, 2 * 128256, 4096, tile, 132)
+    tiles = rows // 128 * (4096 // 256)
+    assert tiles / (-(-tiles // 132) * 132) > 0.9
+
+
+def test_column_plan_is_even_and_within_its_budget():
+    tile = launch.tile_for(torch.bfloat16, (9, 0), heavy=False)
+    for v, n in ((151936, 8192), (49152, 1), (32000, 65536), (1000, 2**22)):
+        columns = launch.plan_columns(v, 2 * n, tile)
+        assert columns % tile.block_v == 0
+        assert columns == tile.block_v or columns * 2 * n <= launch.SCRATCH_BYTES
+        chunks = -(-v // columns)
+        assert chunks == 1 or v - (chunks - 1) * columns > columns - chunks * tile.block_v
+
+
+# The repair of the interpreter itself, against torch.
+
+
+@triton.jit
+def _bf16_kernel(p_a, p_b, p_x, o_sum, o_product, o_less, o_max, o_dot, o_narrow, o_widen, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    a, b = tl.load(p_a + at), tl.load(p_b + at)
+    tl.store(o_sum + at, a + b)
+    tl.store(o_product + at, a * b)
+    tl.store(o_less + at, (a < b).to(tl.int8))
+    tl.store(o_max + at, tl.maximum(a, b))
+    tl.store(o_dot + at, tl.dot(a, tl.trans(b)))
+    tl.store(o_narrow + at, tl.load(p_x + at).to(tl.bfloat16))
+    tl.store(o_widen + at, a.to(tl.float32))
+
+
+def test_interpreter_computes_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    a, b, x = (torch.randn(32, 32, generator=generator) * 10.0**k for k in (0, 1, 3))
+    a, b = a.bfloat16(), b.bfloat16()
+    out = {name: torch.empty_like(a) for name in ("sum", "product")}
+    out |= {"less": torch.empty(32, 32, dtype=torch.int8), "max": torch.empty_like(a)}
+    out |= {"dot": torch.empty_like(x), "narrow": torch.empty_like(a), "widen": torch.empty_like(x)}
+    _bf16_kernel[(1,)](a, b, x, *out.values(), N=32)
+    exact = {"sum": a + b, "product": a * b, "less": (a < b).to(torch.int8), "max": torch.maximum(a, b)}
+    exact |= {"narrow": x.bfloat16(), "widen": a.float()}
+    for name, wanted in exact.items():
+        assert torch.equal(out[name], wanted), name
+    torch.testing.assert_close(out["dot"].double(), a.double() @ b.double().t(), rtol=1e-6, atol=1e-4)
+
+
+def test_bfloat16_conversions_are_torchs():
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    values = triton_interpreter.widen(bits.numpy())
+    wanted = bits.view(torch.bfloat16).float()
+    assert torch.equal(torch.from_numpy(values).nan_to_num(nan=1.0), wanted.nan_to_num(nan=1.0))
+    every = torch.arange(0, 2**32, 4099, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    ties = ((bits.to(torch.int32) << 16) | 0x8000).view(torch.float32)  # halfway between two neighbours
+    for x in (every, ties, wanted):
+        ours = torch.from_numpy(triton_interpreter.narrow(x.numpy()).view("int16")).view(torch.bfloat16)
+        assert torch.equal(ours.isnan(), x.isnan())
+        assert torch.equal(ours[~x.isnan()], x[~x.isnan()].bfloat16())
+
+
+def test_series_near_zero():
+    """log1p, expm1 and tanh, written without libdevice, against fp64 over their ranges."""
+
+    @triton.jit
+    def kernel(p_x, p_t, o_log1p, o_expm1, o_tanh, o_slope, N: tl.constexpr):
+        i = tl.arange(0, N)
+        x = tl.load(p_x + i)
+        tl.store(o_log1p + i, launch.log1p_unit(x))
+        tl.store(o_expm1 + i, launch.expm1_negative(-30.0 * x))
+        tanh, slope = launch.to_logit(tl.load(p_t + i), 1.0, 1.0, True)
+        tl.store(o_tanh + i, tanh)
+        tl.store(o_slope + i, slope)
+
+    x = torch.cat([torch.linspace(0, 1, 2048), torch.logspace(-30, 0, 2048)])
+    t = torch.cat([torch.linspace(-60, 60, 2048), torch.logspace(-20, 0, 1024), -torch.logspace(-20, 0, 1024)])
+    out = [torch.empty(4096) for _ in range(4)]
+    kernel[(1,)](x, t, *out, N=4096)
+    xd, td = x.double(), t.double()
+    exact = [torch.log1p(xd), torch.expm1(-30 * x).double(), torch.tanh(td), 1 / torch.cosh(td) ** 2]
+    exact[1] = torch.expm1((-30.0 * x).double())
+    for ours, wanted in zip(out, exact, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=1e-37)
+
+
+def test_reference_is_what_the_kernels_are_held_to():
+    """The oracle's softcap and scale are those of the logit definition, so the cases above test them."""
+    case = make_case(torch.float64, bias=True, temperature=0.5, logit_scale=2.0, logit_softcap=3.0)
+    u = case.hidden @ case.weight.t() + case.bias
+    z = 3.0 * torch.tanh(2.0 * u / 3.0) / 0.5
+    keep = case.labels != IGNORE
+    wanted = torch.log_softmax(z, 1)[keep, case.labels[keep]]
+    ours = linear_logprobs_ref(
+        case.hidden, case.weight, case.labels, bias=case.bias, ignore_index=IGNORE, **case.transform._asdict()
+    )
+    torch.testing.assert_close(ours[keep], wanted)
