@@ -1,7 +1,7 @@
 // Length-averaged trajectory balance (LA-TB): the maths of one sequence, shared by the CPU and the CUDA kernel.
 //
 //   s = sum(logps) / |y|      r = base_logp / |y|      delta = log_z + s - alpha * (r + psi)
-//   w = clip(exp(sum(logps) - old_logp), clip_low, clip_high)           the exponent divided by |y| if length-normalised
+//   w = clip(exp(sum(logps) - old_logp), clip_low, clip_high)       the exponent divided by |y| if length-normalised
 //   loss = sum_i w_i delta_i^2 / n      d loss / d log_z = 2 w delta / n      d loss / d logps_t = 2 w delta / (|y| n)
 //
 // Everything here is in double: it runs once per sequence, and a sum over thousands of tokens loses digits in float.

@@ -47,7 +47,8 @@ class LaTbCall {
     if (psi) psi_ = torch::stable::contiguous(*psi);
     if (old_logps) old_logps_ = torch::stable::contiguous(*old_logps);
     const auto dtype = logps.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "la_tb: logps must be float32 or float64");
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                    "la_tb: logps must be float32 or float64");
     STD_TORCH_CHECK(logps.dim() == 1 && log_z.dim() == 1, "la_tb: logps and log_z must have one dimension");
     STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int, "la_tb: cu_seqlens must be int32");
     STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() == log_z.numel() + 1 &&

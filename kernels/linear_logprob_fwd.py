@@ -118,7 +118,7 @@ def _combine_kernel(
     """Sums each row's partials over the column tiles and writes ``o_out[quantity, p_rows[row]]``: logp, M, S and, for
     statistics, lse, entropy and mean logit; 0 in rows that are not active.
 
-    M = max_t m_t, S = sum_t s_t e^(m_t - M); with d = M + log S - z_y, logp = -softplus(d) and lse = z_y + softplus(d).
+    M = max_t m_t, S = sum_t s_t e^(m_t - M); with d = M + log S - z_y, logp = -softplus(d) and lse = z_y - logp.
     The entropy is that of the choice "label or not" plus (1 - p_y) times the rest's own, so it stays accurate for
     a nearly certain token. Reads the partials twice.
     """
@@ -159,7 +159,8 @@ def _combine_kernel(
         rest = rest_surprise + log_total - weighted / total
         rest = tl.where(total > 0, tl.exp(-rest_surprise) * rest, 0.0)
         entropy = tl.exp(-surprise) * surprise + rest
-        tl.store(out + 3 * stride_out, tl.where(active, z_y + surprise, 0.0), mask=n < N)
+        lse = tl.where(d > 0.0, top + log_total, z_y) + tail
+        tl.store(out + 3 * stride_out, tl.where(active, lse, 0.0), mask=n < N)
         tl.store(out + 4 * stride_out, tl.where(active, entropy, 0.0), mask=n < N)
         tl.store(out + 5 * stride_out, tl.where(active, (logits + z_y) / V, 0.0), mask=n < N)
 

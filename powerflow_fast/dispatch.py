@@ -62,7 +62,7 @@ def supported(backend: Literal["torch", "triton"], device: torch.device, dtype: 
 
 
 def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Literal["torch", "triton"]:
-    """``auto`` takes Triton on a CUDA device that supports it, else torch. A backend asked for by name runs or raises."""
+    """``auto``: Triton on a CUDA device that supports it, else torch. A backend asked for by name runs or raises."""
     if backend == "auto":
         # The interpreter is for tests: nobody who leaves the choice to us wants it.
         return "triton" if device.type == "cuda" and supported("triton", device, dtype)[0] else "torch"

@@ -27,7 +27,7 @@ class ConfigError(PowerFlowError, ValueError):
 
 
 class DataError(PowerFlowError, ValueError):
-    """Prompts cannot be read or used: missing or empty file, a bad row (its line number is named), over-long prompts."""
+    """Prompts cannot be read or used: missing or empty file, a bad row (its line is named), over-long prompts."""
 
 
 class ModelError(PowerFlowError, ValueError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ __all__ = [
     "make_base",
     "max_positions",
     "pad_token_id",
+    "save_model",
     "unwrap_peft",
+    "weights_fingerprint",
 ]
 
 _REMOTE_CODE = "it brings its own Python code; read that code, then pass trust_remote_code=True if you want to run it"
@@ -349,3 +353,30 @@ def _frozen_copy(model: nn.Module, device: torch.device | None) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to(device or buffer.device, copy=True)
     return copy.deepcopy(model, memo).eval()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Tells one base model from another: a digest of the first numbers of each of its weights, adapters left out."""
+    digest = hashlib.sha256()
+    for name, parameter in unwrap_peft(model).named_parameters():
+        if "lora_" in name:
+            continue
+        digest.update(f"{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_model(model: nn.Module, tokenizer: Any, output_dir: Path) -> None:
+    """Write ``output_dir/model``, which plain transformers loads; of a PEFT model, merged, and ``adapter/`` beside it.
+
+    ``model`` is complete or absent: it is written beside its place and renamed.
+    """
+    if is_peft(model):
+        model.save_pretrained(output_dir / "adapter")
+        model = copy.deepcopy(model).cpu().merge_and_unload()
+    temporary, final = output_dir / ".model.tmp", output_dir / "model"
+    for folder in (temporary, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(final)

@@ -23,7 +23,6 @@ from .checkpoint import git_commit, latest_checkpoint, prepare_output_dir
 from .config import PowerFlowConfig
 from .data import PromptDataset, check_lengths, encode_prompt, load_prompts, prompt_indices
 from .errors import ConfigError, ModelError, NonFiniteLossError
-from .heads import unwrap_peft
 from .models import (
     CausalLMScorer,
     add_lora,
@@ -32,13 +31,15 @@ from .models import (
     load_model,
     make_base,
     max_positions,
+    save_model,
+    weights_fingerprint,
 )
 from .partition import LogZHead
 from .plots import plot_history
 from .rollout import HFGenerateEngine, seeded
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
-from .update import Policy, Samples, StepSums, Updater
+from .update import Policy, Samples, Updater
 
 __all__ = ["StepReport", "TrainResult", "train"]
 
@@ -137,9 +138,7 @@ class _Run:
         if weights_dtype == "auto" and not config.use_peft:
             # A step of 1e-6 disappears in a bfloat16 weight: what is trained is kept in fp32, and bf16 is autocast.
             weights_dtype = "float32"
-        loaded = load_model(
-            model, tokenizer=tokenizer, dtype=weights_dtype, trust_remote_code=config.trust_remote_code
-        )
+        loaded = load_model(model, tokenizer=tokenizer, dtype=weights_dtype, trust_remote_code=config.trust_remote_code)
         self.tokenizer, self.model_name = loaded.tokenizer, loaded.name
         self._check_prompts(loaded.model)
         self.model = self._prepare_model(loaded.model)
@@ -241,7 +240,7 @@ class _Run:
         )
         identity = {
             "prompts": self.dataset.fingerprint,
-            "base_model": _weights_fingerprint(self.base.scorer.model),
+            "base_model": weights_fingerprint(self.base.scorer.model),
             "num_processes": self.world,
         }
         self.state = RunState(self.policy, optimizer, self.scheduler, config, identity)
@@ -358,9 +357,7 @@ class _Run:
                 psi[j] = self.config.format_penalty
         return psi
 
-    def _step(
-        self, samples: Samples, *, on_policy: bool, logged: bool, timings: dict[str, float]
-    ) -> dict[str, float]:
+    def _step(self, samples: Samples, *, on_policy: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
         """One optimiser step; raises before the weights change when the gradient is not finite."""
         started = time.perf_counter()
         self.wrapped.train()
@@ -377,35 +374,12 @@ class _Run:
         timings["update"] = time.perf_counter() - started
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         if logged:
-            metrics |= self._metrics(samples, sums)
+            metrics |= self.updater.metrics(samples, sums)
         seconds = sum(timings.values())
         tokens = sum(map(len, samples.prompt_ids)) + sum(samples.lengths)
         metrics |= {f"seconds/{name}": value for name, value in timings.items()}
         metrics["tokens_per_second"] = tokens * self.world / seconds
         return metrics
-
-    def _metrics(self, samples: Samples, sums: StepSums) -> dict[str, float]:
-        """Means over the sequences (entropy: tokens) of all devices."""
-        device = self.accelerator.device
-        lengths = torch.tensor(samples.lengths, device=device)
-        kept = lengths > 0
-        low, high = self.config.importance_clip
-        per_sequence = {
-            "delta_abs": sums.delta.abs(),
-            "log_z": sums.log_z,
-            "policy_logp": sums.logp_mean,
-            "base_logp": samples.base_logps / lengths.clamp_min(1),
-            "length": lengths.float(),
-            "finished": torch.tensor(samples.finished, device=device).float(),
-            "format_ok": (samples.psi == 0).float(),
-            "importance_weight": sums.weight,
-            "clip_fraction": ((sums.weight <= low) | (sums.weight >= high)).float(),
-        }
-        totals = [value[kept].double().sum() for value in per_sequence.values()]
-        totals += [kept.sum().double(), sums.entropy.double().sum(), lengths.sum().double()]
-        *means, count, entropy, tokens = self.accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
-        metrics = {name: total / max(count, 1) for name, total in zip(per_sequence, means, strict=True)}
-        return metrics | {"entropy": entropy / max(tokens, 1)}
 
     def _stop_non_finite(self, loss: float, grad_norm: float) -> None:
         step = self.step + 1
@@ -477,7 +451,7 @@ class _Run:
         steps = [row for row in self.history if "loss" in row]
         if self.is_main:
             self.history_file.close()
-            _save_model(self.model, self.tokenizer, self.output_dir)
+            save_model(self.model, self.tokenizer, self.output_dir)
             if self.policy.log_z_head is not None:
                 save_file(self.policy.log_z_head.state_dict(), self.output_dir / "log_z_head.safetensors")
             report.write_model_card(
@@ -525,33 +499,3 @@ def _seed_of(seed: int, number: int, rank: int) -> int:
     import numpy
 
     return int(numpy.random.SeedSequence([seed, number, rank]).generate_state(1, numpy.uint32)[0])
-
-
-def _weights_fingerprint(model: nn.Module) -> str:
-    """Tells one base model from another: a digest of the first numbers of every frozen weight."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, p in unwrap_peft(model).named_parameters():
-        if "lora_" in name:
-            continue
-        digest.update(f"{tuple(p.shape)}".encode())
-        digest.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _save_model(model: nn.Module, tokenizer: Any, output_dir: Path) -> None:
-    """``model/`` loads with plain transformers. It is complete or absent: written beside its place and renamed."""
-    import copy
-    import shutil
-
-    if is_peft(model):
-        model.save_pretrained(output_dir / "adapter")
-        model = copy.deepcopy(model).cpu().merge_and_unload()
-    temporary, final = output_dir / ".model.tmp", output_dir / "model"
-    for folder in (temporary, final):
-        shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(final)
-

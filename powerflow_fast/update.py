@@ -57,10 +57,7 @@ class Samples:
             yield self[start : start + size]
 
     def to(self, device: torch.device) -> Samples:
-        moved = {
-            name: None if value is None else value.to(device)
-            for name, value in self.tensors().items()
-        }
+        moved = {name: None if value is None else value.to(device) for name, value in self.tensors().items()}
         return Samples(self.prompt_ids, self.completion_ids, self.finished, **moved)
 
     def tensors(self) -> dict[str, Tensor | None]:
@@ -225,3 +222,26 @@ class Updater:
             old_logps=None if on_policy else samples.old_logps,
             **self._ratio,
         )
+
+    def metrics(self, samples: Samples, sums: StepSums) -> dict[str, float]:
+        """Means over the sequences (entropy: tokens) of all devices; names as in ``report.METRICS``."""
+        device = self.accelerator.device
+        lengths = torch.tensor(samples.lengths, device=device)
+        kept = lengths > 0
+        low, high = self.config.importance_clip
+        per_sequence = {
+            "delta_abs": sums.delta.abs(),
+            "log_z": sums.log_z,
+            "policy_logp": sums.logp_mean,
+            "base_logp": samples.base_logps / lengths.clamp_min(1),
+            "length": lengths.float(),
+            "finished": torch.tensor(samples.finished, device=device).float(),
+            "format_ok": (samples.psi == 0).float(),
+            "importance_weight": sums.weight,
+            "clip_fraction": ((sums.weight <= low) | (sums.weight >= high)).float(),
+        }
+        totals = [value[kept].double().sum() for value in per_sequence.values()]
+        totals += [kept.sum().double(), sums.entropy.double().sum(), lengths.sum().double()]
+        *means, count, entropy, tokens = self.accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
+        metrics = {name: total / max(count, 1) for name, total in zip(per_sequence, means, strict=True)}
+        return metrics | {"entropy": entropy / max(tokens, 1)}

@@ -45,7 +45,7 @@ def poisoned_memory():
 
 
 def assert_as_accurate_as_torch(ours, torchs, exact, dtype, what=""):
-    """``ours`` errs at most twice as much as ``torchs`` (both at ``dtype``) plus the dtype's floor, against ``exact``."""
+    """Against ``exact``, ``ours`` errs at most twice as much as ``torchs`` (same dtype) plus the dtype's floor."""
     assert ours.shape == exact.shape, (what, ours.shape, exact.shape)
     assert torch.isfinite(ours).all(), f"{what}: {int((~torch.isfinite(ours)).sum())} values are not finite"
     if exact.numel() == 0:

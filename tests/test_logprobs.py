@@ -326,7 +326,8 @@ _PEAK = """
 import resource, sys, torch
 from powerflow_fast.logprobs import linear_logprobs
 torch.set_num_threads(1)
-hidden = torch.randn(8192, 64, requires_grad=True); weight = torch.randn(32768, 64); labels = torch.randint(0, 32768, (8192,))
+hidden = torch.randn(8192, 64, requires_grad=True)
+weight, labels = torch.randn(32768, 64), torch.randint(0, 32768, (8192,))
 linear_logprobs(hidden[:4], weight, labels[:4]).sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 linear_logprobs(hidden[:int(sys.argv[1])], weight, labels[:int(sys.argv[1])]).sum().backward()

@@ -138,4 +138,10 @@ def test_damaged_checkpoint_is_named(tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match="weights.safetensors: damaged"):
         run(tmp_path, max_steps=4, resume_from_checkpoint=str(newest))
-    assert torch.isfinite(torch.tensor(run(tmp_path, max_steps=3, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")).history[-1]["loss"]))
+    assert torch.isfinite(
+        torch.tensor(
+            run(tmp_path, max_steps=3, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")).history[-1][
+                "loss"
+            ]
+        )
+    )

@@ -84,7 +84,9 @@ def test_a_run_leaves_everything_behind(tmp_path):
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")) and not list(folder.rglob("*.pkl"))
     reloaded = tf.AutoModelForCausalLM.from_pretrained(result.model_dir)
     assert same(weights(reloaded), weights(result.model))
-    assert tf.AutoTokenizer.from_pretrained(result.model_dir)("two")["input_ids"] == tiny_tokenizer()("two")["input_ids"]
+    assert (
+        tf.AutoTokenizer.from_pretrained(result.model_dir)("two")["input_ids"] == tiny_tokenizer()("two")["input_ids"]
+    )
 
 
 def gradient_of_first_step(tmp_path, monkeypatch, name, **options):
@@ -167,7 +169,9 @@ def test_lora_trains_the_adapter_and_saves_a_plain_model(tmp_path):
     base = tiny_model()
     before = weights(base)
     result = run(tmp_path, model=base, use_peft=True, lora_r=4, learning_rate=1e-2)
-    frozen = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in weights(result.model).items()}
+    frozen = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in weights(result.model).items()
+    }
     assert all(torch.equal(before[n], frozen[n]) for n in before), "the base weights did not move"
     reloaded = tf.AutoModelForCausalLM.from_pretrained(result.model_dir)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -285,13 +289,21 @@ BAD = {
     "alpha missing": ({"alpha": None}, ConfigError, "alpha is required"),
     "alpha zero": ({"alpha": 0.0}, ConfigError, "alpha must be > 0, got 0.0"),
     "alpha nan": ({"alpha": float("nan")}, ConfigError, "alpha must be finite, got nan"),
-    "unknown field": ({"learning_rat": 1e-3}, ConfigError, "unknown field 'learning_rat'; did you mean 'learning_rate'"),
+    "unknown field": (
+        {"learning_rat": 1e-3},
+        ConfigError,
+        "unknown field 'learning_rat'; did you mean 'learning_rate'",
+    ),
     "missing prompts": ({"prompts": "nowhere.jsonl"}, DataError, "nowhere.jsonl: does not exist"),
     "no prompts": ({"prompts": []}, DataError, "holds no prompts"),
     "long prompt": ({"prompts": ["x" * 40]}, DataError, r"prompts\[0\] \(40 tokens\).*max_prompt_length=40"),
     "positions": ({"max_completion_length": 500}, ConfigError, "exceeds the model's 64 positions"),
     "missing model": ({"model": "./no-such-folder"}, ModelError, "does not exist"),
-    "groups": ({"log_z": "group", "per_device_train_batch_size": 2, "steps_per_generation": 2}, ConfigError, "whole groups"),
+    "groups": (
+        {"log_z": "group", "per_device_train_batch_size": 2, "steps_per_generation": 2},
+        ConfigError,
+        "whole groups",
+    ),
     "division": ({"num_generations": 3}, ConfigError, "num_generations=3 must divide the 4 sequences"),
     "adapter_off": ({"base": "adapter_off"}, ModelError, "needs a PEFT model"),
     "top_p": ({"top_p": 0.9}, ConfigError, "top_p must be 1.0, got 0.9"),

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, against fp64 on the same rounded inputs. A tile there is 64 x 256 x 64."""
+"""The Triton kernels in Triton's interpreter, against fp64 on the same rounded inputs. Tiles are 64 x 256 x 64."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_confident_tokens_keep_their_digits(dtype):
     case = case_of_logits(logits, labels, dtype)
     ours, exact = case.run(), case.reference(torch.float64)
     for name in ("logp", "logp of unit"):
-        torch.testing.assert_close(ours[name].double(), exact[name], rtol=2e-6, atol=0)
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=5e-6, atol=0)
     rtol = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}[dtype]
     for name in ("unit", "d_hidden"):
         error = (ours[name].double() - exact[name]).abs().amax(1) / exact[name].abs().amax(1)
@@ -227,18 +227,19 @@ def test_confident_tokens_keep_their_digits(dtype):
 @pytest.mark.parametrize("softcap", [None, 300.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unlikely_tokens_among_likely_ones(dtype, softcap, check_accuracy):
-    """Tokens 12 to 1000 nats below the maximum, which are written anew around it, in one tile with ordinary rows."""
+    """Tokens 2 to 1000 nats below the maximum, which are written anew around it, in one tile with ordinary rows."""
     case = make_case(dtype, n=70, ignored=True, logit_softcap=softcap)
     case.hidden[:, 0] = 0
     case.hidden[::5] = 0
     case.hidden[::5, 0] = 1
     deep = torch.arange(0, 70, 5)
-    depth = torch.tensor([12.0, 40.0, 64.0, 90.0, 120.0, 400.0, 1000.0]).repeat(2)
+    depth = torch.tensor([2.0, 12.0, 40.0, 64.0, 90.0, 120.0, 1000.0]).repeat(2)
     case.labels[deep] = 20 + torch.arange(14)
     case.weight[20:34, 0] = -depth.to(dtype)
     limit = linear_logprob_fwd.ANCHOR_LIMIT[dtype]
     sums = (-case.reference(torch.float64)["logp"]).exp()
-    assert 0 < (sums > limit).sum() < 14 and not (sums > limit)[1::5].any()
+    over = sums > limit
+    assert 0 < over.sum() < 14 and not over[1::5].any()
     case.check(check_accuracy)
 
 

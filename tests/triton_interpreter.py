@@ -1,8 +1,11 @@
-"""bfloat16 for Triton's CPU interpreter, which up to 3.9 computes with the raw bits of bfloat16 values.
+"""Repairs of Triton's CPU interpreter, which up to 3.9 computes with the raw bits of bfloat16 values.
 
 The interpreter stores bfloat16 as uint16. It then adds, multiplies and compares those integers, multiplies them in
 ``tl.dot``, and drops the low half when it converts from float32. ``install`` makes each of these act on values:
 bfloat16 operands are widened to float32, which is exact, and results are rounded to nearest, ties to even.
+
+``tl.dot`` besides sums in float64 and rounds once. A BLAS product in float32 depends on where in the tile a row lies,
+a tensor core's does not, and kernels that form the same logits twice rely on that.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ def install() -> None:
     cast_impl, create_fp_to_fp, create_dot = Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot
     binary_op = Builder.binary_op
 
+    def as_fp64(handle):
+        return TensorHandle((as_fp32(handle) if is_bf16(handle) else handle).data.astype(np.float64), tl.float64)
+
     def as_fp32(handle):
         return TensorHandle(widen(np.ascontiguousarray(handle.data)).reshape(handle.data.shape), fp32)
 
@@ -57,7 +63,8 @@ def install() -> None:
         return converted
 
     def dot(self, a, b, d, *precision):
-        return create_dot(self, *(as_fp32(x) if is_bf16(x) else x for x in (a, b)), d, *precision)
+        exact = create_dot(self, as_fp64(a), as_fp64(b), as_fp64(d), *precision)
+        return TensorHandle(exact.data.astype(d.data.dtype), d.dtype.scalar)
 
     def on_values(self, lhs, rhs, op):
         if not is_bf16(lhs):
