@@ -268,8 +268,8 @@ def linear_logprob_bwd(
     """Gradients from recomputed logits: 2NVH FLOP plus 2NVH for each of ``d_hidden`` and ``d_weight``.
 
     With ``E_j = exp(z_j − m)`` and ``E_y = −so`` instead, ∂ log p_y/∂z = −E (1 − p_y)/so: one factor per row, which
-    goes with the upstream gradient to the N x H side. Shifting by m rather than by the rounded log-sum-exp keeps rows whose
-    logits are in the hundreds as accurate as a softmax that stored its result.
+    goes with the upstream gradient to the N x H side. Shifting by m rather than by the rounded log-sum-exp keeps rows
+    whose logits are in the hundreds as accurate as a softmax that stored its result.
 
     ``d_weight`` is summed in fp32, which for half-precision weights takes a buffer of 4·V·H bytes.
     """

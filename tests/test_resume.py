@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from test_trainer import run, same, weights
 from tiny import tiny_model
@@ -73,8 +72,8 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from test_trainer import run
-run(Path(sys.argv[2]), name=sys.argv[3], resume_from_checkpoint=sys.argv[4] == "resume" or None, max_steps=12, save_steps=1,
-    num_iterations=2, num_sample_prompts=1, save_total_limit=2)
+run(Path(sys.argv[2]), name=sys.argv[3], resume_from_checkpoint=sys.argv[4] == "resume" or None,
+    max_steps=12, save_steps=1, num_iterations=2, num_sample_prompts=1, save_total_limit=2)
 """
 
 
@@ -136,12 +135,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match="weights.safetensors: damaged"):
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: damaged"):
         run(tmp_path, max_steps=4, resume_from_checkpoint=str(newest))
-    assert torch.isfinite(
-        torch.tensor(
-            run(tmp_path, max_steps=3, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")).history[-1][
-                "loss"
-            ]
-        )
-    )
+    earlier = str(tmp_path / "run" / "checkpoint-1")
+    assert run(tmp_path, max_steps=3, resume_from_checkpoint=earlier).history[-1]["step"] == 3
