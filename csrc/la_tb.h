@@ -1,4 +1,4 @@
-// Length-averaged trajectory balance (LA-TB): the maths of one sequence, shared by the CPU and the CUDA kernel.
+// Length-aware trajectory balance (LA-TB): the maths of one sequence, shared by the CPU and the CUDA kernel.
 //
 //   s = sum(logps) / |y|      r = base_logp / |y|      delta = log_z + s - alpha * (r + psi)
 //   w = clip(exp(sum(logps) - old_logp), clip_low, clip_high)       the exponent divided by |y| if length-normalised

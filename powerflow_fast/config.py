@@ -72,7 +72,7 @@ class PowerFlowConfig:
     alpha: float | None = _opt(
         None, "exponent of the target p_base(y|q)^alpha: > 1 sharpens, < 1 flattens, 1 keeps the base model", gt=0
     )
-    objective: Literal["la_tb"] = _opt("la_tb", "training loss; la_tb is length-amortised trajectory balance")
+    objective: Literal["la_tb"] = _opt("la_tb", "training loss; la_tb is length-aware trajectory balance")
     log_z: Literal["learned", "group"] = _opt(
         "learned",
         "log-partition per token: a small learned head on the prompt, or the mean over a prompt's completions",

@@ -311,10 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", "--output_dir", default="demo-run", help="folder of the run [demo-run]")
     parser.add_argument("--max-steps", "--max_steps", type=int, help=f"optimizer steps [{STEPS}]")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompt order and sampling [0]")
-    try:
-        options = parser.parse_args(argv)
-    except SystemExit as stop:  # --help or a usage error, which argparse has printed
-        return int(stop.code or 0)
+    options = parser.parse_args(argv)
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,6 +1,6 @@
 """The LA-TB loss: pure functions of log-probs.
 
-Length-averaged trajectory balance drives ``log Z'(q) + s(y)`` towards ``α (r(y) + ψ(y))``, where s and r are the mean
+Length-aware trajectory balance drives ``log Z'(q) + s(y)`` towards ``α (r(y) + ψ(y))``, where s and r are the mean
 log-probs per token of a completion under the policy and the base model; see ``la_tb_loss``.
 """
 
@@ -48,7 +48,7 @@ def la_tb_loss(
     importance_level: ImportanceLevel = "sequence",
     num_sequences: int | None = None,
 ) -> LATBOutput:
-    """Length-averaged trajectory-balance loss of B packed completions. In plain torch, with no empty completion:
+    """Length-aware trajectory-balance loss of B packed completions. In plain torch, with no empty completion:
 
         length = cu_seqlens.diff()
         logp = torch.segment_reduce(logps, "sum", offsets=cu_seqlens.long())

@@ -242,7 +242,7 @@ def write_model_card(
         f"# {name}, trained towards p_base^{alpha:g}",
         "",
         f"A {direction} version of `{name}`: trained, without rewards, towards sampling completions in proportion to",
-        f"p_base(y|q)^α with α = {alpha:g}, by length-amortised trajectory balance (LA-TB, "
+        f"p_base(y|q)^α with α = {alpha:g}, by length-aware trajectory balance (LA-TB, "
         "[arXiv 2603.18363](https://arxiv.org/abs/2603.18363)).",
         "",
         f"- α: {alpha:g}",

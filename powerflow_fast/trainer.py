@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from . import __version__, report
+from . import report
 from .checkpoint import git_commit, latest_checkpoint, prepare_output_dir
 from .config import PowerFlowConfig
 from .data import PromptDataset, check_lengths, encode_prompt, load_prompts, prompt_indices
@@ -36,6 +36,7 @@ from .models import (
 )
 from .partition import LogZHead
 from .plots import plot_history
+from .rewards import FormatFn, format_penalties, resolve_format
 from .rollout import HFGenerateEngine, seeded
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 _CARD_METRICS = ("entropy", "policy_logp", "base_logp", "length", "delta_abs")
 
-FormatFn = Callable[..., bool]
 EvalFn = Callable[[nn.Module, Any, int], dict[str, float]]
 
 
@@ -80,7 +80,7 @@ def train(
     *,
     alpha: float | None = None,
     config: PowerFlowConfig | None = None,
-    format_fn: FormatFn | None = None,
+    format_fn: FormatFn | str | None = None,
     eval_fn: EvalFn | None = None,
     callbacks: Sequence[Callable[[StepReport], bool | None]] = (),
     tokenizer: Any = None,
@@ -95,7 +95,7 @@ def train(
         alpha: > 1 sharpens (4 for a base model, 2 for an instruct model), < 1 flattens (0.5).
         config: all other options; ``overrides`` are fields of it and win.
         format_fn: ``format_fn(prompt, completion, **columns) -> bool``; a completion for which it is False is scored
-            with ``config.format_penalty`` nats per token added to its base log-prob.
+            with ``config.format_penalty`` nats per token added to its base log-prob. ``"boxed"`` is ready-made.
         eval_fn: ``eval_fn(model, tokenizer, step) -> {name: number}``, called before, every ``eval_steps``, and after.
         callbacks: called with a :class:`StepReport` after each optimiser step; a true result ends the training.
         tokenizer: used instead of the one beside the model.
@@ -124,7 +124,7 @@ class _Run:
 
     def __init__(self, model, prompts, config: PowerFlowConfig, format_fn, eval_fn, callbacks, tokenizer):
         self.config, self.alpha = config, config.require_alpha()
-        self.format_fn, self.eval_fn, self.callbacks = format_fn, eval_fn, callbacks
+        self.format_fn, self.eval_fn, self.callbacks = resolve_format(format_fn), eval_fn, callbacks
         self.dataset: PromptDataset = load_prompts(prompts)
         self.accelerator = _make_accelerator(config)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -348,14 +348,11 @@ class _Run:
         return samples
 
     def _format_penalties(self, indices: list[int], completions: list[list[int]]) -> torch.Tensor:
-        psi = torch.zeros(len(completions))
-        if self.format_fn is None:
-            return psi
-        for j, text in enumerate(self.tokenizer.batch_decode(completions, skip_special_tokens=True)):
-            row = self.dataset[indices[j // self.config.num_generations]]
-            if not self.format_fn(row.prompt, text, **row.extra):
-                psi[j] = self.config.format_penalty
-        return psi
+        rows = [self.dataset[i] for i in indices for _ in range(self.config.num_generations)]
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        prompts, columns = [row.prompt for row in rows], [row.extra for row in rows]
+        psi = format_penalties(self.format_fn, prompts, texts, columns, penalty=self.config.format_penalty)
+        return torch.tensor(psi, dtype=torch.float32)
 
     def _step(self, samples: Samples, *, on_policy: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
         """One optimiser step; raises before the weights change when the gradient is not finite."""
@@ -460,7 +457,7 @@ class _Run:
                 base_model=self.model_name,
                 data_description=self.dataset.description,
                 config=self.config.to_dict(),
-                commit=git_commit() or __version__,
+                commit=git_commit(),
                 metrics=[(name, steps[0][name], steps[-1][name]) for name in _CARD_METRICS] if steps else [],
             )
             report.write_samples(self.output_dir / "samples.md", before, self._draw_samples())

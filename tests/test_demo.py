@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from tiny import BOS, EOS, PAD, VOCAB, one_thread, tiny_tokenizer  # noqa: F401
 
-from powerflow_fast import demo, smollm2
+from powerflow_fast import cli, demo, smollm2
 from powerflow_fast.demo import Change, Drawn, compare, demo_config, fresh_dir, per_prompt, verdict
 from powerflow_fast.demo_prompts import DemoPrompt, creative_prompts, demo_prompts, reasoning_prompts, reasoning_score
 from powerflow_fast.errors import ConfigError, ModelError
@@ -281,9 +281,10 @@ def test_bad_alpha_is_refused_before_anything_is_loaded(alpha, tmp_path, monkeyp
 
 
 def test_command_line_errors(capsys):
-    assert demo.main(["--alpha", "four"]) == 2
+    assert cli.main(["demo", "--alpha", "four"]) == 2
     assert "invalid float value: 'four'" in capsys.readouterr().err
-    assert demo.main(["--help"]) == 0
+    assert cli.main(["demo", "--help"]) == 0
+    assert "--output-dir" in capsys.readouterr().out
 
 
 # All of it
@@ -318,7 +319,7 @@ def test_whole_demo_with_a_tiny_model(alpha, tiny_folder, tmp_path, monkeypatch,
     monkeypatch.setattr(demo, "smollm2_model", lambda: tiny_folder)
     wanted = tmp_path / "demo-run"
     options = ["--alpha", str(alpha), "--max-steps", "2", "--output-dir", str(wanted)]
-    assert demo.main(options) == 0
+    assert cli.main(["demo", *options]) == 0
     printed = capsys.readouterr().out
     report = json.loads((wanted / "report.json").read_text(encoding="utf-8"))
 

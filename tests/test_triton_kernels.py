@@ -124,10 +124,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_shapes(shape, dtype, check_accuracy):
-    make_case(dtype, **shape).check(check_accuracy)
+def test_shapes(shape, check_accuracy):
+    make_case(**shape).check(check_accuracy)
 
 
 def test_column_of_every_tile_can_be_the_label(check_accuracy):
@@ -220,8 +219,9 @@ def test_confident_tokens_keep_their_digits(dtype):
         assert (error < rtol).all(), (name, error)
     rows = exact["d_weight"][labels].abs().amax(1)
     assert ((ours["d_weight"][labels].double() - exact["d_weight"][labels]).abs().amax(1) < rtol * rows).all()
-    entropy = exact["entropy"].abs()
-    assert ((ours["entropy"].double() - exact["entropy"]).abs() < 1e-5 * entropy + 1e-30).all()
+    logp, rest = exact["logp"], -torch.expm1(exact["logp"])  # the other 299 share the rest evenly
+    entropy = -logp.exp() * logp - rest * (rest / 299).log()
+    torch.testing.assert_close(ours["entropy"].double(), entropy, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("softcap", [None, 300.0])
@@ -265,14 +265,14 @@ def test_a_label_outside_the_vocabulary_gives_nan_in_its_row_alone():
 
 def test_layouts(check_accuracy):
     """Any strides: transposed, sliced to an odd offset, expanded, every second element."""
-    case = make_case(torch.bfloat16, bias=True)
+    case = make_case(torch.bfloat16, n=40, v=90, bias=True)
     wanted = case.run()
     n, h = case.hidden.shape
     layouts = {
         "hidden": [case.hidden.t().contiguous().t(), torch.zeros(n, 2 * h, dtype=torch.bfloat16)[:, 3 : h + 3]],
-        "weight": [case.weight.t().contiguous().t(), torch.zeros(300, h + 8, dtype=torch.bfloat16)[:, :h]],
+        "weight": [case.weight.t().contiguous().t(), torch.zeros(90, h + 8, dtype=torch.bfloat16)[:, :h]],
         "labels": [torch.zeros(n, 2, dtype=torch.int64)[:, 0]],
-        "bias": [torch.zeros(300, 2, dtype=torch.bfloat16)[:, 1]],
+        "bias": [torch.zeros(90, 2, dtype=torch.bfloat16)[:, 1]],
         "d_logp": [torch.zeros(n, 2)[:, 1]],
     }
     for name, views in layouts.items():
@@ -295,12 +295,12 @@ def test_bias_has_a_dtype_of_its_own():
 
 
 def test_chunks_change_nothing(monkeypatch, check_accuracy):
-    case = make_case(torch.bfloat16, n=200, v=600, bias=True, logit_softcap=8.0, sharpness=3.0)
+    case = make_case(torch.bfloat16, n=130, v=600, bias=True, logit_softcap=8.0, sharpness=3.0)
     whole = case.run()
     monkeypatch.setattr(linear_logprob_fwd, "SCRATCH_ROWS", 64)
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 2 * 64 * 608)
-    assert launch.plan_rows(200, 2 * 608, 72, launch.tile_for(torch.bfloat16, None, heavy=True), 1) == 64
-    assert launch.plan_columns(600, 2 * 200, launch.tile_for(torch.bfloat16, None, heavy=True)) == 256
+    assert launch.plan_rows(130, 2 * 608, 72, launch.tile_for(torch.bfloat16, None, heavy=True), 1) == 64
+    assert launch.plan_columns(600, 2 * 130, launch.tile_for(torch.bfloat16, None, heavy=True)) == 256
     parts = case.run()
     for name in ("logp", "lse", "entropy", "mean_logit", "logp of unit", "d_weight", "d_bias"):
         assert torch.equal(whole[name], parts[name]), name
