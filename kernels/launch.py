@@ -219,11 +219,3 @@ def log1p_unit(x):
     p = 0.11111111 + q * (0.09090909 + q * (0.07692308 + q * 0.06666667))
     p = 1.0 + q * (0.33333334 + q * (0.2 + q * (0.14285715 + q * p)))
     return 2.0 * s * p
-
-
-@triton.jit
-def expm1_negative(x):
-    """exp(x) - 1 for x <= 0 to float32 accuracy: a series above -1/2, no cancellation below it."""
-    p = 1.0 + x * (0.14285715 + x * (0.017857144 + x * 0.0019841270))
-    p = 1.0 + x * 0.33333334 * (1.0 + x * 0.25 * (1.0 + x * 0.2 * (1.0 + x * 0.16666667 * p)))
-    return tl.where(x > -0.5, x * (1.0 + x * 0.5 * p), tl.exp(x) - 1.0)

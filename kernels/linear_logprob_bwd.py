@@ -17,7 +17,6 @@ from powerflow_fast.kernels.launch import (
     LogitTransform,
     add_matmul_fp32_,
     choose_tile,
-    expm1_negative,
     logit_factors,
     logit_tile,
     matmul_fp32,
@@ -30,24 +29,22 @@ from powerflow_fast.kernels.launch import (
 
 @triton.jit
 def _logit_gradient_kernel(
-    hidden, weight, p_bias, p_label, p_logp, p_max, p_sum, p_grad, o_grad,
-    N, V, H, first, stride_h, stride_w, stride_grad, ignore_index, pre, post, slope,
+    hidden, weight, p_bias, p_label, p_factor, p_max, p_sum, o_grad,
+    N, V, H, first, stride_h, stride_w, stride_grad, pre, post,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``d loss / d u`` for vocabulary entries first .. first + V, which ``weight`` and ``p_bias`` start at.
+    """One tile of the gradient by u, for the vocabulary entries first .. first + V that ``weight`` and ``p_bias`` hold.
 
-    With g = d loss / d logp, k_j = dz_j/du_j, 1 - p_y = -expm1(logp), and M, S over the columns other than the label's:
-    ``g k_y (1 - p_y)`` in the label's column and ``-g k_j (1 - p_y) e^(z_j - M) / S`` in the others, all as accurate
-    relative to 1 - p_y as logp is. Exactly 0 in ignored rows and where g is 0; a tile of such rows alone is not
-    computed. 2NVH FLOP; writes NV elements.
+    With f the row's factor, c_j = (dz/du)_j / slope, and M, S over the columns other than the label's: ``f c_y`` in the
+    label's column and ``-f c_j e^(z_j - M) / S`` in the others. Exactly 0 where f is 0; a tile of such rows alone is
+    not computed. 2NVH FLOP; writes NV elements.
     """
     row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
     n = row + tl.arange(0, BLOCK_N)
     cols = col + tl.arange(0, BLOCK_V)
-    label = tl.load(p_label + n, mask=n < N, other=ignore_index)
-    grad = tl.load(p_grad + n, mask=n < N, other=0.0)
-    if tl.max(((label != ignore_index) & (grad != 0.0)).to(tl.int32), axis=0) == 0:
+    factor = tl.load(p_factor + n, mask=n < N, other=0.0)
+    if tl.max((factor != 0.0).to(tl.int32), axis=0) == 0:
         out = o_grad + n.to(tl.int64)[:, None] * stride_grad + cols[None, :]
         nothing = tl.zeros((BLOCK_N, BLOCK_V), dtype=o_grad.dtype.element_ty)
         tl.store(out, nothing, mask=(n < N)[:, None] & (cols < V)[None, :])
@@ -56,14 +53,12 @@ def _logit_gradient_kernel(
         hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
         BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
     )  # fmt: skip
-    label = tl.load(p_label + n, mask=n < N, other=ignore_index)  # again: registers do not last over the product
-    grad = tl.load(p_grad + n, mask=n < N, other=0.0).to(tl.float32)
-    active = (label != ignore_index) & (grad != 0.0)
-    own = -grad * slope * expm1_negative(tl.load(p_logp + n, mask=active, other=0.0))
-    top = tl.load(p_max + n, mask=active, other=float("inf"))  # e^(z - inf) = 0
-    others = -own / tl.load(p_sum + n, mask=active, other=1.0)
-    is_label = cols[None, :] == (label - first).to(tl.int32)[:, None]
-    value = tl.where(is_label, own[:, None], others[:, None] * tl.exp(z - top[:, None])) * local
+    factor = tl.load(p_factor + n, mask=n < N, other=0.0)  # again: registers are scarce during the product
+    label = (tl.load(p_label + n, mask=n < N, other=-1) - first).to(tl.int32)
+    top = tl.load(p_max + n, mask=factor != 0.0, other=float("inf"))  # e^(z - inf) = 0
+    others = -factor / tl.load(p_sum + n, mask=factor != 0.0, other=1.0)
+    is_label = cols[None, :] == label[:, None]
+    value = tl.where(is_label, factor[:, None], others[:, None] * tl.exp(z - top[:, None])) * local
     out = o_grad + n.to(tl.int64)[:, None] * stride_grad + cols[None, :]
     tl.store(out, value.to(o_grad.dtype.element_ty), mask=(n < N)[:, None] & (cols < V)[None, :])
 
@@ -86,9 +81,10 @@ def linear_logprob_bwd(
     not needed.
 
     ``forward`` is what `linear_logprob_fwd` returned for the same inputs, ``d_logp`` is (N,). 2NVH FLOP for the logits
-    and 2NVH each for d_hidden and d_weight. The upstream gradient enters the logit gradient before that is
-    rounded to hidden's dtype, so nothing else is rounded before the products; float16 wants a loss scale, as elsewhere.
-    Scratch: SCRATCH_BYTES, and 4NH bytes for the sum of d_hidden. Deterministic; no host sync.
+    and 2NVH each for d_hidden and d_weight. The upstream gradient and 1 - p enter the gradient of the logits before
+    that is rounded to hidden's dtype, so nothing else is rounded before the products. Rows that are ignored, or whose
+    upstream gradient is 0, are left out of the logits where they fill whole tiles. Scratch: SCRATCH_BYTES, and 4NH
+    bytes for the sum of d_hidden. Deterministic; no host sync.
     """
     n, h = hidden.shape
     v = weight.shape[0]
@@ -104,7 +100,13 @@ def linear_logprob_bwd(
     pre, post, slope = logit_factors(transform)
     tile = choose_tile(hidden.stride(0), weight, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
-    labels, d_logp = labels.contiguous(), d_logp.contiguous()
+    labels = labels.contiguous()
+    factor = torch.where(labels == ignore_index, 0.0, -slope * torch.expm1(forward.logp) * d_logp.float())
+    scaled, scale = hidden, None
+    if hidden.dtype == torch.float16:  # too short in range for small factors: powers of two go to the N x H side
+        scale = torch.ldexp(torch.ones_like(factor), torch.frexp(factor).exponent.clamp(-126, 0))[:, None]
+        factor = factor / scale[:, 0]
+        scaled = (hidden * scale).to(hidden.dtype) if need_d_weight else hidden
     d_weight = weight.new_empty(v, h) if need_d_weight else None
     d_bias = bias.new_empty(v) if need_d_bias else None
     total = None
@@ -116,8 +118,8 @@ def linear_logprob_bwd(
         w, grad = weight[part], scratch[:, : part.stop - first]
         _logit_gradient_kernel[(triton.cdiv(n, tile.block_n) * triton.cdiv(len(w), tile.block_v),)](
             x, operand(w, tile.block_v, tile), None if bias is None else bias[part],
-            labels, forward.logp, forward.others_max, forward.others_sum, d_logp, grad,
-            n, len(w), h, first, hidden.stride(0), w.stride(0), columns, ignore_index, pre, post, slope,
+            labels, factor, forward.others_max, forward.others_sum, grad,
+            n, len(w), h, first, hidden.stride(0), w.stride(0), columns, pre, post,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
         )  # fmt: skip
         if need_d_hidden and total is None:
@@ -125,7 +127,10 @@ def linear_logprob_bwd(
         elif need_d_hidden:
             add_matmul_fp32_(total, grad, w)
         if d_weight is not None:
-            torch.mm(grad.t(), hidden, out=d_weight[part])
+            torch.mm(grad.t(), scaled, out=d_weight[part])
         if d_bias is not None:
-            d_bias[part] = grad.sum(dim=0, dtype=torch.float32)
-    return total.to(hidden.dtype) if need_d_hidden else None, d_weight, d_bias
+            ones = torch.ones_like(scaled[:, :1]) if scale is None else scale.to(grad.dtype)
+            d_bias[part] = matmul_fp32(grad.t(), ones)[:, 0]
+    if total is not None:
+        total = (total if scale is None else total * scale).to(hidden.dtype)
+    return total, d_weight, d_bias

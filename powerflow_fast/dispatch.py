@@ -74,6 +74,11 @@ def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) 
     return backend
 
 
+def values_are_readable(tensor: Tensor) -> bool:
+    """Reading a tensor's values makes the host wait for a GPU, and splits a graph that is being compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def require_tensor(
     op: str, name: str, value: object, *, shape: tuple[int, ...], symbols: str, dtypes: tuple[torch.dtype, ...]
 ) -> None:
@@ -126,7 +131,7 @@ def check_linear_inputs(
     for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{op}: {name} must be on hidden's device {hidden.device}, got {tensor.device}")
-    if labels.device.type == "cpu" and n:
+    if values_are_readable(labels) and n:
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
         if wrong.any():
             row = int(wrong.nonzero()[0])

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunked
-from .dispatch import Backend, LogitTransform, check_linear_inputs, require_tensor, resolve_backend
+from .dispatch import (
+    Backend,
+    LogitTransform,
+    check_linear_inputs,
+    require_tensor,
+    resolve_backend,
+    values_are_readable,
+)
 
 __all__ = ["LogprobStats", "linear_logprob_stats", "linear_logprobs", "sequence_logprobs"]
 
@@ -213,7 +220,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, n: int) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{op}: cu_seqlens must have shape (B+1,), got {tuple(cu_seqlens.shape)}")
     require_tensor(op, "cu_seqlens", cu_seqlens, shape=cu_seqlens.shape, symbols="(B+1,)", dtypes=(torch.int32,))
-    if cu_seqlens.device.type != "cpu":
+    if not values_are_readable(cu_seqlens):
         return
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != n or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(

@@ -270,8 +270,6 @@ class CausalLMScorer(nn.Module):
         states = head_inputs(self.model, self.head, batch.input_ids, batch.attention_mask)
         hidden = states.flatten(0, 1).index_select(0, batch.positions)
         weight, bias = self.head.weight, self.head.bias
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(weight.dtype)
         options = {
             "bias": bias,
             "temperature": temperature,

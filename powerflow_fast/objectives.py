@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .dispatch import Backend, require_positive, require_tensor
+from .dispatch import Backend, require_positive, require_tensor, values_are_readable
 from .logprobs import check_cu_seqlens, linear_logprobs, segment_sum
 
 __all__ = ["LATBOutput", "la_tb_loss", "linear_la_tb_loss"]
@@ -130,7 +130,7 @@ def linear_la_tb_loss(
     ``la_tb_loss``; hidden is (N, H), weight (V, H), labels (N,) and the (B,) inputs are fp32. Every packed row counts
     in a completion's length, so labels can't hold ``-100``: leave such rows out when packing. That is checked on a CPU.
     """
-    if isinstance(labels, Tensor) and _values_are_readable(labels) and bool((labels == -100).any()):
+    if isinstance(labels, Tensor) and values_are_readable(labels) and bool((labels == -100).any()):
         row = int((labels == -100).nonzero()[0])
         raise ValueError(
             f"linear_la_tb_loss: labels must not hold ignored rows, got labels[{row}]=-100: "
@@ -246,11 +246,6 @@ def _has_kernel(op: str, device_type: str) -> bool:
     return False
 
 
-def _values_are_readable(tensor: Tensor) -> bool:
-    """Reading a tensor's values makes the host wait for a GPU, and splits a graph that is being compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_tensors(
     op: str,
     logps: Tensor,
@@ -260,15 +255,13 @@ def _check_tensors(
     psi: Tensor | None,
     old_logps: Tensor | None,
 ) -> None:
-    for name, tensor, symbols in (("logps", logps, "(N,)"), ("cu_seqlens", cu_seqlens, "(B+1,)")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 1 or (name == "cu_seqlens" and tensor.shape[0] == 0):
-            raise ValueError(f"{op}: {name} must have shape {symbols}, got {tuple(tensor.shape)}")
+    if not isinstance(logps, Tensor):
+        raise TypeError(f"{op}: logps must be a torch.Tensor, got {type(logps).__name__}")
+    if logps.dim() != 1:
+        raise ValueError(f"{op}: logps must have shape (N,), got {tuple(logps.shape)}")
+    check_cu_seqlens(op, cu_seqlens, logps.shape[0])
     if logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: logps must be torch.float32 or torch.float64, got {logps.dtype}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{op}: cu_seqlens must be torch.int32, got {cu_seqlens.dtype}")
     batch = cu_seqlens.shape[0] - 1
     for name, tensor in (("base_logps", base_logps), ("log_z", log_z), ("psi", psi), ("old_logps", old_logps)):
         if tensor is None and name in ("psi", "old_logps"):
@@ -278,8 +271,6 @@ def _check_tensors(
             raise ValueError(f"{op}: {name} must be on logps' device {logps.device}, got {tensor.device}")
     if cu_seqlens.device != logps.device:
         raise ValueError(f"{op}: cu_seqlens must be on logps' device {logps.device}, got {cu_seqlens.device}")
-    if _values_are_readable(cu_seqlens):
-        check_cu_seqlens(op, cu_seqlens, logps.shape[0])
 
 
 def _check_clip(op: str, clip: tuple[float, float]) -> tuple[float, float]:

@@ -142,16 +142,17 @@ def test_completions_end_at_the_first_eos(pad):
     model = tiny_model(spread=0.05)  # nearly uniform: end-of-sequence has about the probability of any other token
     ends = [EOS, *range(20, 30)]
     model.generation_config.eos_token_id = ends
-    rollout = engine(model, tiny_tokenizer(pad=pad), max_completion_length=12).generate(PROMPTS * 8, seed=0)
+    rollout = engine(model, tiny_tokenizer(pad=pad), max_completion_length=4).generate(PROMPTS * 8, seed=0)
     assert True in rollout.finished and False in rollout.finished
     seen = set()
     for ids, finished in zip(rollout.completion_ids, rollout.finished, strict=True):
-        assert 1 <= len(ids) <= 12
+        assert 1 <= len(ids) <= 4
         assert not set(ids[:-1]) & set(ends)
         assert finished == (ids[-1] in ends)
-        assert finished or len(ids) == 12
+        assert finished or len(ids) == 4
         seen.add(ids[-1])
     assert len(seen & set(ends)) > 3
+    assert (4, True) in zip(map(len, rollout.completion_ids), rollout.finished, strict=True)  # at the very limit
 
 
 def test_a_drawn_padding_token_counts():

@@ -330,7 +330,7 @@ def test_only_what_is_needed(monkeypatch):
         grads = linear_logprob_bwd.linear_logprob_bwd(*case.arguments(), forward, case.d_logp, **needs)
         for name, grad in zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True):
             assert grad is None if name != wanted else torch.equal(grad, full[name])
-        assert bool(products) == (wanted == "d_hidden")
+        assert len(products) == (wanted != "d_weight")
 
 
 def test_row_plan_fills_the_gpu_within_its_budget():
@@ -401,25 +401,23 @@ def test_bfloat16_conversions_are_torchs():
 
 
 def test_series_near_zero():
-    """log1p, expm1 and tanh, written without libdevice, against fp64 over their ranges."""
+    """log1p and tanh, written without libdevice, against fp64 over their ranges."""
 
     @triton.jit
-    def kernel(p_x, p_t, o_log1p, o_expm1, o_tanh, o_slope, N: tl.constexpr):
+    def kernel(p_x, p_t, o_log1p, o_tanh, o_slope, N: tl.constexpr):
         i = tl.arange(0, N)
         x = tl.load(p_x + i)
         tl.store(o_log1p + i, launch.log1p_unit(x))
-        tl.store(o_expm1 + i, launch.expm1_negative(-30.0 * x))
         tanh, slope = launch.to_logit(tl.load(p_t + i), 1.0, 1.0, True)
         tl.store(o_tanh + i, tanh)
         tl.store(o_slope + i, slope)
 
     x = torch.cat([torch.linspace(0, 1, 2048), torch.logspace(-30, 0, 2048)])
     t = torch.cat([torch.linspace(-60, 60, 2048), torch.logspace(-20, 0, 1024), -torch.logspace(-20, 0, 1024)])
-    out = [torch.empty(4096) for _ in range(4)]
+    out = [torch.empty(4096) for _ in range(3)]
     kernel[(1,)](x, t, *out, N=4096)
     xd, td = x.double(), t.double()
-    exact = [torch.log1p(xd), torch.expm1(-30 * x).double(), torch.tanh(td), 1 / torch.cosh(td) ** 2]
-    exact[1] = torch.expm1((-30.0 * x).double())
+    exact = [torch.log1p(xd), torch.tanh(td), 1 / torch.cosh(td) ** 2]
     for ours, wanted in zip(out, exact, strict=True):
         torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=1e-37)
 
