@@ -27,7 +27,7 @@ from powerflow_fast.kernels.launch import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "first"])
 def _logit_gradient_kernel(
     hidden, weight, p_bias, p_label, p_factor, p_max, p_sum, o_grad,
     N, V, H, first, stride_h, stride_w, stride_grad, pre, post,

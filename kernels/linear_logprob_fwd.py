@@ -39,7 +39,7 @@ ANCHOR_LIMIT = {torch.float16: 2.0**14, torch.bfloat16: math.exp(60.0), torch.fl
 HEADROOM = 14 * math.log(2.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _label_logit_kernel(
     p_hidden, p_weight, p_bias, p_label, o_logit, o_slope, o_active,
     N, V, H, stride_h, stride_w, ignore_index, pre, post,
@@ -73,7 +73,7 @@ def _label_logit_kernel(
         tl.store(o_slope + n, slope, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "plane"])
 def _rest_tile_kernel(
     hidden, weight, p_bias, p_label, p_active, o_partial,
     N, V, H, plane, stride_h, stride_w, pre, post,
@@ -109,7 +109,7 @@ def _rest_tile_kernel(
         tl.store(at + 3 * plane, tl.sum(tl.where(rest, z, 0.0), axis=1), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "plane", "stride_out"])
 def _combine_kernel(
     p_partial, p_logit, p_active, p_rows, o_out,
     N, V, TILES, plane, stride_out,
@@ -165,7 +165,7 @@ def _combine_kernel(
         tl.store(out + 5 * stride_out, tl.where(active, (logits + z_y) / V, 0.0), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "plane"])
 def _exp_tile_kernel(
     hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial,
     N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
@@ -199,7 +199,7 @@ def _exp_tile_kernel(
     tl.store(out, (e * slope).to(o_exp.dtype.element_ty), mask=(active != 0)[:, None] & (cols < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "plane"])
 def _reanchor_kernel(
     p_partial, m_anchor, m_active,
     N, TILES, plane, limit, headroom,
@@ -222,7 +222,7 @@ def _reanchor_kernel(
     tl.store(m_active + n, over.to(tl.int32), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "plane"])
 def _unit_gradient_kernel(
     p_partial, p_logit, p_slope, p_anchor, p_label, p_rows, p_product, p_weight, o_logp, o_grad,
     N, V, H, TILES, plane, stride_w, stride_grad, ignore_index, slope,

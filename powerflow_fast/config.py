@@ -51,6 +51,7 @@ RENAMED = {
     "loss_type": "write objective",
     "max_new_tokens": "write max_completion_length",
     "gradient_checkpointing": "write activation_checkpointing",
+    "lora_dropout": "there is none: the policy is scored as it was sampled, without dropout",
     "lr": "write learning_rate",
 }
 
@@ -135,7 +136,6 @@ class PowerFlowConfig:
     use_peft: bool = _opt(False, "train a LoRA adapter instead of all weights")
     lora_r: int = _opt(16, "LoRA rank", ge=1)
     lora_alpha: int = _opt(32, "LoRA scale numerator", ge=1)
-    lora_dropout: float = _opt(0.0, "LoRA dropout", ge=0, lt=1)
     lora_target_modules: str | list[str] = _opt(  # noqa: RUF009
         "all-linear", "modules that get an adapter; all-linear: every linear layer except the head"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,8 @@ from .errors import ModelError
 from .heads import Head, evaluating, find_head, head_inputs, is_peft, unwrap_peft
 from .logprobs import linear_logprob_stats, linear_logprobs
 from .packing import PaddedBatch, segment_sum
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "BaseScorer",
@@ -202,7 +205,6 @@ def add_lora(
     *,
     r: int = 16,
     alpha: int = 32,
-    dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
 ) -> nn.Module:
     """Wrap ``model`` in a trainable LoRA adapter (a ``peft.PeftModel``); the output head never gets one.
@@ -224,7 +226,6 @@ def add_lora(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
-        lora_dropout=dropout,
         target_modules=target_modules,
         exclude_modules=[name for name, module in model.named_modules() if module is head],
     )
@@ -334,6 +335,11 @@ def make_base(
     if mode == "adapter_off":
         if not is_peft(model):
             raise ModelError("make_base: base='adapter_off' needs a PEFT model; use base='copy' for full fine-tuning")
+        if any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name):
+            logger.warning(
+                "the model comes with a trained adapter, and p_base is the model without it; base='copy' takes the "
+                "model as it is"
+            )
         return BaseScorer(CausalLMScorer(model, backend=backend), mode=mode, frozen=model.disable_adapter)
     frozen = _frozen_copy(model, torch.device("cpu") if mode == "cpu" else None)
     return BaseScorer(CausalLMScorer(frozen, backend=backend), mode=mode)

@@ -88,6 +88,8 @@ def train(
 ) -> TrainResult:
     """Train ``model`` to sample from ``p_base(y|q) ** alpha``, where p_base is the model as it is given.
 
+    (Of a PEFT model p_base is the model with its adapter off, unless ``base="copy"``.)
+
     Args:
         model: hub name, local folder, or a loaded ``PreTrainedModel`` or ``PeftModel`` (trained in place).
         prompts: list of strings or of chat message lists, a ``datasets.Dataset``, or a path to .jsonl/.json/.parquet/
@@ -183,7 +185,6 @@ class _Run:
                     model,
                     r=config.lora_r,
                     alpha=config.lora_alpha,
-                    dropout=config.lora_dropout,
                     target_modules=config.lora_target_modules,
                 )
         disable_dropout(model)

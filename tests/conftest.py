@@ -10,12 +10,9 @@ import torch
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import importlib.util
+    import triton_interpreter
 
-    if importlib.util.find_spec("triton_interpreter"):  # TEMPORARY until it exists
-        import triton_interpreter
-
-        triton_interpreter.install()
+    triton_interpreter.install()
 
 # Tiny tensors gain nothing from a second thread, and results do not depend on the machine's cores.
 torch.set_num_threads(1)

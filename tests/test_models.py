@@ -414,3 +414,13 @@ def test_load_model_errors(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
     refused("no such local folder, and the hub did not give it.*no network", "some/model")
+
+
+def test_a_trained_adapter_under_adapter_off_is_announced(caplog):
+    model = add_lora(tiny_model(), r=2)
+    make_base(model, "adapter_off")
+    assert not caplog.records
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(0.1)
+    make_base(model, "adapter_off")
+    assert "p_base is the model without it" in caplog.text

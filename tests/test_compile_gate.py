@@ -1,0 +1,203 @@
+"""Every Triton kernel, compiled as its launcher would launch it on sm_80, sm_90 and sm_100, without a GPU.
+
+The launchers run on meta tensors over a stand-in for Triton's driver, which names the target and compiles instead of
+launching; so shapes, specialisations, tiles and options are the ones in use. What ptxas made of each kernel is printed
+as a table and held to: no register spills, shared memory within the architecture's limit, matrix products on the widest
+tensor-core instruction of the architecture, fed by its asynchronous copies.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+ARCHITECTURES = (80, 90, 100)
+# sm_86, sm_89 and sm_120 run sm_80's tiles and have the least: 99 KB.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+PRODUCT_KERNELS = ("_rest_tile_kernel", "_exp_tile_kernel", "_logit_gradient_kernel")
+COUNTED = ("STL", "LDL", "HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "FFMA")
+
+
+def compile_all(arch: int) -> list[dict]:
+    """One record per compiled kernel; runs in a process of its own, where Triton is not interpreting."""
+    import tempfile
+
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    import powerflow_fast  # noqa: F401  (mounts the kernels)
+    from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd
+
+    class Target:
+        def get_current_target(self):
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    driver.set_active(Target())
+    launch.capability_of = lambda device: divmod(arch, 10)
+    linear_logprob_fwd.num_sms = lambda device: 132
+    records = {}
+
+    def describe(kernel, variant):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            dump = [triton.knobs.nvidia.cuobjdump.path]
+            usage = subprocess.run([*dump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+            sass = subprocess.run([*dump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+        counts = collections.Counter(opcode.split(".")[0] for opcode in opcodes)
+        return {
+            "kernel": kernel.metadata.name,
+            "arch": arch,
+            "variant": variant,
+            "registers": int(usage[1]),
+            "stack": int(usage[2]),
+            "shared": kernel.metadata.shared,
+            **{name: counts[name] for name in COUNTED},
+            "products": sorted({opcode for opcode in opcodes if "MMA" in opcode}),
+        }
+
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in records:
+            records[kernel.hash] = describe(kernel, variant)
+
+    JITFunction.run = compile_only
+
+    def use(dtype, *, v=151936, h=3584, bias=False, stats=False, softcap=None):
+        n = 8192
+        hidden, weight = (torch.empty(rows, h, dtype=dtype, device="meta") for rows in (n, v))
+        labels = torch.empty(n, dtype=torch.int64, device="meta")
+        b = torch.empty(v, dtype=dtype, device="meta") if bias else None
+        arguments = hidden, weight, labels, b, launch.LogitTransform(1.0, 1.0, softcap), -100
+        forward = linear_logprob_fwd.linear_logprob_fwd(*arguments, stats=stats)
+        linear_logprob_fwd.linear_logprob_fwd_d_hidden(*arguments)
+        needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": bias}
+        linear_logprob_bwd.linear_logprob_bwd(*arguments, forward, torch.empty(n, device="meta"), **needs)
+
+    variants = {
+        "bf16": (torch.bfloat16, {}),
+        "bf16 bias": (torch.bfloat16, {"bias": True}),
+        "bf16 softcap": (torch.bfloat16, {"softcap": 30.0}),
+        "bf16 stats": (torch.bfloat16, {"stats": True}),
+        "bf16 all": (torch.bfloat16, {"bias": True, "softcap": 30.0, "stats": True}),
+        "fp32": (torch.float32, {}),
+    }
+    if arch == 90:
+        variants |= {
+            "fp16": (torch.float16, {}),
+            "fp32 all": (torch.float32, {"bias": True, "softcap": 30.0, "stats": True}),
+            "bf16 odd V": (torch.bfloat16, {"v": 50257}),
+            "bf16 odd H": (torch.bfloat16, {"h": 1001}),
+        }
+    for variant, (dtype, options) in variants.items():
+        use(dtype, **options)
+    return list(records.values())
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Records of all architectures, each compiled in its own process with its own empty cache."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    processes = {}
+    for arch in ARCHITECTURES:
+        cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp(f"sm_{arch}"))}
+        command = [sys.executable, __file__, str(arch)]
+        processes[arch] = subprocess.Popen(
+            command, env=environment | cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    records = []
+    for arch, process in processes.items():
+        out, err = process.communicate()
+        assert process.returncode == 0, f"sm_{arch}: {err[-4000:]}"
+        records += json.loads(out.splitlines()[-1])
+    return records
+
+
+def test_table(compiled, capsys):
+    columns = ("arch", "registers", "stack", "shared", *COUNTED)
+    with capsys.disabled():
+        print("\n" + "".join(f"{name:>10}" for name in columns) + "  kernel")
+        for record in compiled:
+            numbers = "".join(f"{record[name]:>10}" for name in columns)
+            print(f"{numbers}  {record['kernel']} [{record['variant']}]")
+    kernels = {(record["arch"], record["kernel"]) for record in compiled}
+    rows = ("_label_logit_kernel", "_combine_kernel", "_reanchor_kernel", "_unit_gradient_kernel")
+    assert kernels == {(arch, kernel) for arch in ARCHITECTURES for kernel in (*PRODUCT_KERNELS, *rows)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_spills(compiled, arch):
+    spilling = [
+        record for record in compiled if record["arch"] == arch and record["stack"] + record["STL"] + record["LDL"]
+    ]
+    assert not spilling
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_shared_memory_fits(compiled, arch):
+    assert max(record["shared"] for record in compiled if record["arch"] == arch) <= SHARED_LIMIT[arch]
+
+
+def product_kernels(compiled, arch, *, half: bool):
+    chosen = [
+        record
+        for record in compiled
+        if record["arch"] == arch and record["kernel"] in PRODUCT_KERNELS and ("fp32" not in record["variant"]) == half
+    ]
+    assert chosen
+    return chosen
+
+
+def test_ampere_runs_tensor_cores_behind_asynchronous_copies(compiled):
+    for record in product_kernels(compiled, 80, half=True):
+        assert record["products"] == ["HMMA.16816.F32.BF16"] and record["LDGSTS"] > 0, record
+
+
+def test_hopper_runs_wgmma_behind_the_copy_engine(compiled):
+    for record in product_kernels(compiled, 90, half=True):
+        wide = not any(word in record["variant"] for word in ("softcap", "all", "stats"))
+        if record["kernel"] != "_rest_tile_kernel" and record["variant"] == "bf16 stats":
+            wide = True
+        shape = "64x256x16" if wide else "64x128x16"
+        assert record["HGMMA"] == 4, record  # one 64-deep step: four products 16 deep, each as wide as the tile
+        assert all(opcode.startswith(f"HGMMA.{shape}.F32") for opcode in record["products"]), record
+        if record["variant"] == "bf16 odd H":  # rows off 16 bytes: the copy engine can't read them
+            assert record["UTMALDG"] == 0, record
+        else:
+            assert record["UTMALDG"] == 2 * 4 and record["LDGSTS"] == 0, record  # two operands, four stages
+
+
+def test_blackwell_runs_tcgen05_behind_the_copy_engine(compiled):
+    for record in product_kernels(compiled, 100, half=True):
+        assert record["UTCHMMA"] >= 4 and record["UTMALDG"] >= 2 * 4 and record["HMMA"] == 0, record
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_float32_products_are_ieee(compiled, arch):
+    for record in product_kernels(compiled, arch, half=False):
+        assert not record["products"] and record["FFMA"] > 0, record
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]))))
