@@ -244,6 +244,22 @@ class PowerFlowConfig:
         """Prompts of one rollout over all devices."""
         return self.generation_batch_size(world_size) // self.num_generations
 
+    def check_groups(self, world_size: int = 1) -> None:
+        """:class:`ConfigError` where the completions of a prompt would be torn apart: see the messages."""
+        k = self.num_generations
+        per_device = self.per_device_train_batch_size * self.micro_batches_per_generation
+        if world_size > 1 and per_device % k:
+            raise _error(
+                f"the completions of a prompt stay on one device: num_generations={k} must divide its {per_device} "
+                "sequences of a rollout"
+            )
+        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.log_z == "group" and per_step % k:
+            raise _error(
+                f"log_z='group' needs whole groups in each optimizer step: num_generations={k} must divide "
+                f"per_device_train_batch_size x gradient_accumulation_steps = {per_step}"
+            )
+
     def total_steps(self, num_prompts: int, world_size: int = 1) -> int:
         """Optimizer steps of the whole run: ``max_steps``, or what ``num_train_epochs`` over ``num_prompts`` needs."""
         if self.max_steps > 0:

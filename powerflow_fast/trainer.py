@@ -132,7 +132,7 @@ class _Run:
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
         self.prompts_per_rollout = config.prompts_per_generation(self.world)
-        self._check_groups()
+        config.check_groups(self.world)
         self.total_steps = config.total_steps(len(self.dataset), self.world)
         self.resume_from = find_checkpoint(config)
 
@@ -147,21 +147,6 @@ class _Run:
         self._build()
 
     # Set-up
-
-    def _check_groups(self) -> None:
-        config, k = self.config, self.config.num_generations
-        per_device = config.per_device_train_batch_size * config.micro_batches_per_generation
-        if self.world > 1 and per_device % k:
-            raise ConfigError(
-                f"PowerFlowConfig: the completions of a prompt stay on one device: num_generations={k} must divide "
-                f"its {per_device} sequences of a rollout"
-            )
-        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        if config.log_z == "group" and per_step % k:
-            raise ConfigError(
-                f"PowerFlowConfig: log_z='group' needs whole groups in each optimizer step: num_generations={k} must "
-                f"divide per_device_train_batch_size x gradient_accumulation_steps = {per_step}"
-            )
 
     def _check_prompts(self, model: nn.Module) -> None:
         config = self.config
@@ -470,7 +455,8 @@ class _Run:
                     max_completion_length=self.config.max_completion_length,
                 )
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would also end the caller's process group
+            tracker.finish()
         return TrainResult(self.model, self.tokenizer, self.history, self.output_dir)
 
 
@@ -484,8 +470,11 @@ def _make_accelerator(config: PowerFlowConfig) -> Any:
 
     # The state is shared by a process: a second train() in it may want another precision.
     AcceleratorState._reset_state()
-    device_type = PartialState().device.type
+    # Without being told so, accelerate takes the processes of a torchrun on CPUs for one process each.
+    cpu = not torch.accelerator.is_available()
+    device_type = PartialState(cpu=cpu).device.type
     return Accelerator(
+        cpu=cpu,
         mixed_precision="bf16" if config.resolve_bf16(device_type) else "no",
         log_with=config.trackers or None,
         project_dir=config.output_dir,
