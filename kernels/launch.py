@@ -7,6 +7,8 @@ time, so that a result depends on the inputs and the device alone.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -92,23 +94,27 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def choose_tile(x: Tensor, *, heavy: bool) -> Tile:
+    """`tile_for` the dtype and device of ``x``."""
+    return tile_for(x.dtype, capability_of(x.device), heavy=heavy)
+
+
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 for the CPU interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def plan_rows(num_rows: int, row_bytes: int, hidden_size: int, tile: Tile, sms: int) -> int:
-    """Rows per chunk so that the chunk's ``[rows, V]`` buffer keeps to SCRATCH_BYTES and its ``[rows, H]`` product,
-    cut into 128 x 256 tiles, leaves the fewest multiprocessors idle in its last wave."""
-    most = max(1, SCRATCH_BYTES // (row_bytes * tile.block_n))
-    if num_rows <= most * tile.block_n:
-        return num_rows
+    """Rows per chunk so that a ``[rows, V]`` buffer keeps to SCRATCH_BYTES (one tile's rows at the least) and the
+    chunks' ``[rows, H]`` products, cut into 128 x 256 tiles, take the fewest waves over the multiprocessors in all."""
+    blocks = triton.cdiv(num_rows, tile.block_n)
+    most = min(blocks, max(1, SCRATCH_BYTES // (row_bytes * tile.block_n)))
 
-    def busy(blocks: int) -> float:
-        tiles = triton.cdiv(blocks * tile.block_n, 128) * triton.cdiv(hidden_size, 256)
-        return tiles / (triton.cdiv(tiles, sms) * sms)
+    def waves(count: int) -> int:
+        return triton.cdiv(triton.cdiv(count * tile.block_n, 128) * triton.cdiv(hidden_size, 256), sms)
 
-    return max(range(1, most + 1), key=lambda blocks: (round(busy(blocks), 2), blocks)) * tile.block_n
+    size = min(range(1, most + 1), key=lambda size: (blocks // size * waves(size) + waves(blocks % size), -size))
+    return min(num_rows, size * tile.block_n)
 
 
 def plan_columns(num_columns: int, column_bytes: int, tile: Tile) -> int:
@@ -119,18 +125,26 @@ def plan_columns(num_columns: int, column_bytes: int, tile: Tile) -> int:
     return triton.cdiv(triton.cdiv(num_columns, chunks), tile.block_v) * tile.block_v
 
 
-def row_major(x: Tensor) -> Tensor:
-    """``x`` (rows, H) itself where a kernel can read it: unit inner stride, separate rows, a base at a multiple of 16
-    bytes. Otherwise a contiguous copy."""
-    usable = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0
-    return x if usable else x.clone(memory_format=torch.contiguous_format)
+def launcher(function: Callable) -> Callable:
+    """Run ``function(hidden, ...)`` with hidden's device current, which is where Triton launches, and without autocast,
+    which would round the float32 products."""
+
+    @functools.wraps(function)
+    def launch(hidden: Tensor, *args, **kwargs):
+        with torch.cuda.device_of(hidden), torch.autocast("cuda" if hidden.is_cuda else "cpu", enabled=False):
+            return function(hidden, *args, **kwargs)
+
+    return launch
 
 
-def choose_tile(hidden_stride: int, weight: Tensor, *, heavy: bool) -> Tile:
-    """`tile_for` the weight's dtype and device, without the copy engine where rows start off multiples of 16 bytes."""
-    tile = tile_for(weight.dtype, capability_of(weight.device), heavy=heavy)
-    aligned = all(stride * weight.element_size() % 16 == 0 for stride in (hidden_stride, weight.stride(0)))
-    return tile._replace(tma=tile.tma and aligned)
+def readable(x: Tensor) -> Tensor:
+    """``x`` (rows, H) itself where a kernel can read it: unit inner stride, separate rows that start at multiples of 16
+    bytes. Otherwise a copy laid out so; a head whose H is a multiple of 8 needs none."""
+    granule = 16 // x.element_size()
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % granule == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_empty(x.shape[0], triton.cdiv(x.shape[1], granule) * granule)
+    return padded[:, : x.shape[1]].copy_(x)
 
 
 def operand(x: Tensor, block_rows: int, tile: Tile) -> Tensor | TensorDescriptor:

@@ -17,12 +17,13 @@ from powerflow_fast.kernels.launch import (
     LogitTransform,
     add_matmul_fp32_,
     choose_tile,
+    launcher,
     logit_factors,
     logit_tile,
     matmul_fp32,
     operand,
     plan_columns,
-    row_major,
+    readable,
     tile_origin,
 )
 
@@ -63,6 +64,7 @@ def _logit_gradient_kernel(
     tl.store(out, value.to(o_grad.dtype.element_ty), mask=(n < N)[:, None] & (cols < V)[None, :])
 
 
+@launcher
 def linear_logprob_bwd(
     hidden: Tensor,
     weight: Tensor,
@@ -95,10 +97,10 @@ def linear_logprob_bwd(
             torch.zeros_like(weight) if need_d_weight else None,
             torch.zeros_like(bias) if need_d_bias else None,
         )
-    hidden, weight = row_major(hidden), row_major(weight)
+    hidden, weight = readable(hidden), readable(weight)
     softcap = transform.logit_softcap is not None
     pre, post, slope = logit_factors(transform)
-    tile = choose_tile(hidden.stride(0), weight, heavy=softcap)
+    tile = choose_tile(hidden, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
     labels = labels.contiguous()
     factor = torch.where(labels == ignore_index, 0.0, -slope * torch.expm1(forward.logp) * d_logp.float())

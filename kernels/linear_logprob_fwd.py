@@ -20,6 +20,7 @@ from powerflow_fast.kernels.launch import (
     ForwardOutput,
     LogitTransform,
     choose_tile,
+    launcher,
     log1p_unit,
     logit_factors,
     logit_tile,
@@ -27,7 +28,7 @@ from powerflow_fast.kernels.launch import (
     num_sms,
     operand,
     plan_rows,
-    row_major,
+    readable,
     tile_origin,
     to_logit,
 )
@@ -88,8 +89,7 @@ def _rest_tile_kernel(
     """
     row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
     n = row + tl.arange(0, BLOCK_N)
-    active = tl.load(p_active + n, mask=n < N, other=0)
-    if tl.max(active, axis=0) == 0:
+    if tl.max(tl.load(p_active + n, mask=n < N, other=0), axis=0) == 0:
         return
     z, _ = logit_tile(
         hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
@@ -180,23 +180,23 @@ def _exp_tile_kernel(
     """
     row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
     n = row + tl.arange(0, BLOCK_N)
-    active = tl.load(p_active + n, mask=n < N, other=0)
-    if tl.max(active, axis=0) == 0:
+    if tl.max(tl.load(p_active + n, mask=n < N, other=0), axis=0) == 0:
         return
     z, slope = logit_tile(
         hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
         BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
     )  # fmt: skip
     label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+    active = tl.load(p_active + n, mask=n < N, other=0) != 0
     anchor = tl.load(p_anchor + n, mask=n < N, other=0.0)
     cols = col + tl.arange(0, BLOCK_V)
     z = tl.where((cols[None, :] != label[:, None]) & (cols < V)[None, :], z, float("-inf"))
     e = tl.exp(z - anchor[:, None])
     at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
-    tl.store(at, tl.max(z, axis=1), mask=active != 0)
-    tl.store(at + plane, tl.sum(e, axis=1), mask=active != 0)
+    tl.store(at, tl.max(z, axis=1), mask=active)
+    tl.store(at + plane, tl.sum(e, axis=1), mask=active)
     out = o_exp + n.to(tl.int64)[:, None] * stride_exp + cols[None, :]
-    tl.store(out, (e * slope).to(o_exp.dtype.element_ty), mask=(active != 0)[:, None] & (cols < V)[None, :])
+    tl.store(out, (e * slope).to(o_exp.dtype.element_ty), mask=active[:, None] & (cols < V)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "plane"])
@@ -288,6 +288,7 @@ def _label_logits(
     return logit, bend, active
 
 
+@launcher
 def linear_logprob_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -307,10 +308,10 @@ def linear_logprob_fwd(
     """
     n, h = hidden.shape
     v = weight.shape[0]
-    weight = row_major(weight)
+    weight = readable(weight)
     softcap = transform.logit_softcap is not None
     pre, post, _ = logit_factors(transform)
-    tile = choose_tile(h, weight, heavy=softcap or stats)
+    tile = choose_tile(hidden, heavy=softcap or stats)
     bias = None if bias is None else bias.contiguous()
     rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
     out = hidden.new_empty(6 if stats else 3, n, dtype=torch.float32)
@@ -321,12 +322,12 @@ def linear_logprob_fwd(
     plane = partial.stride(0)
     w = operand(weight, tile.block_v, tile)
     for part in rows.split(SCRATCH_ROWS):
-        chunk, y = hidden.index_select(0, part), labels.index_select(0, part)
+        chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
         logit, _, active = _label_logits(chunk, weight, y, bias, transform, ignore_index)
         count = len(part)
         _rest_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
             operand(chunk, tile.block_n, tile), w, bias, y, active, partial,
-            count, v, h, plane, h, weight.stride(0), pre, post,
+            count, v, h, plane, chunk.stride(0), weight.stride(0), pre, post,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, STATS=stats, **tile.meta(),
         )  # fmt: skip
         _combine_kernel[(triton.cdiv(count, 64),)](
@@ -335,6 +336,7 @@ def linear_logprob_fwd(
     return ForwardOutput(*out)
 
 
+@launcher
 def linear_logprob_fwd_d_hidden(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -347,10 +349,10 @@ def linear_logprob_fwd_d_hidden(
     """
     n, h = hidden.shape
     v = weight.shape[0]
-    weight = row_major(weight)
+    weight = readable(weight)
     softcap = transform.logit_softcap is not None
     pre, post, slope = logit_factors(transform)
-    tile = choose_tile(h, weight, heavy=softcap)
+    tile = choose_tile(hidden, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
     rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
     logp = hidden.new_empty(n, dtype=torch.float32)
@@ -365,7 +367,7 @@ def linear_logprob_fwd_d_hidden(
     plane, limit = partial.stride(0), ANCHOR_LIMIT[hidden.dtype]
     w = operand(weight, tile.block_v, tile)
     for part in rows.split(size):
-        chunk, y = hidden.index_select(0, part), labels.index_select(0, part)
+        chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
         logit, bend, active = _label_logits(chunk, weight, y, bias, transform, ignore_index)
         anchor = logit.clone()
         count = len(part)
@@ -376,7 +378,7 @@ def linear_logprob_fwd_d_hidden(
                 )
             _exp_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
                 operand(chunk, tile.block_n, tile), w, bias, y, active, anchor, exps, partial,
-                count, v, h, plane, h, weight.stride(0), width, pre, post,
+                count, v, h, plane, chunk.stride(0), weight.stride(0), width, pre, post,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
             )  # fmt: skip
         product = matmul_fp32(exps[:count, :v], weight)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from .errors import CheckpointError, OutputDirError
 
 __all__ = [
     "Checkpoint",
+    "checkpoint_step",
     "get_rng_state",
     "git_commit",
     "latest_checkpoint",
@@ -40,8 +42,12 @@ __all__ = [
     "set_rng_state",
 ]
 
+logger = logging.getLogger(__name__)
+
 SCHEMA = 1
 _MANIFEST = "manifest.json"
+# What a run writes into its folder, besides run.json.
+_OURS = ("model", "adapter", "checkpoint-*", "history.*", "samples*", "completions.jsonl", "log_z_head.safetensors")
 _STATE = "state.json"
 # "checkpoint-7.old" exists only between the two renames that replace an existing checkpoint-7.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
@@ -120,8 +126,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """The complete checkpoint with the highest step in ``output_dir``, or None."""
-    complete = _complete(output_dir)
+    complete = _complete(output_dir, on_damage=logger.warning)
     return complete[-1] if complete else None
+
+
+def checkpoint_step(path: str | Path) -> int | None:
+    """The step in a checkpoint folder's name, or None for another name."""
+    match = _NAME.fullmatch(Path(path).name)
+    return int(match[1]) if match else None
 
 
 def rotate(output_dir: str | Path, limit: int | None) -> None:
@@ -244,6 +256,12 @@ def prepare_output_dir(path: str | Path, *, run_record: Mapping[str, Any], resum
     }
     try:
         path.mkdir(parents=True, exist_ok=True)
+        taken = [] if record_file.exists() else sorted(p.name for name in _OURS for p in path.glob(name))
+        if taken:
+            raise OutputDirError(
+                f"output_dir {path} holds {', '.join(taken[:3])}, which no run of powerflow_fast put there and which "
+                "this run would replace; choose another output_dir"
+            )
         if record_file.exists() and not resume:
             newest = latest_checkpoint(path)
             raise OutputDirError(
@@ -311,16 +329,17 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _complete(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+def _complete(output_dir: str | Path, *, on_damage: Callable[..., Any] | None = None) -> list[Path]:
+    """Complete checkpoints, oldest first; what is wrong with others goes to ``on_damage``."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
         match = _NAME.fullmatch(path.name)
         try:
             if match and _manifest(path):
                 found.append((int(match[1]), match[2] is None, path))
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            if on_damage:
+                on_damage("passed over: %s", error)
     return [path for *_, path in sorted(found)]
 
 

@@ -223,10 +223,12 @@ def linear_logprob_fwd(
 def linear_logprob_fwd_d_hidden(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs (N,) and ``∂ logp_n/∂ hidden_n`` (N, H) in hidden's dtype, together: 4NVH FLOP."""
+    """Log-probs (N,) and ``∂ logp_n/∂ hidden_n`` (N, H) in hidden's dtype (fp32 for fp16), together: 4NVH FLOP."""
     problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
     logp_out = hidden.new_zeros(problem.n, dtype=problem.dtype)
-    unit_out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
+    unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    unit_out = torch.zeros(hidden.shape, dtype=unit_dtype, device=hidden.device)
     for index, h, y in problem.chunks():
         others = _Others(h.shape[0], problem.buffer)
         acc = torch.zeros(h.shape, dtype=problem.dtype, device=h.device)

@@ -195,6 +195,7 @@ class PowerFlowConfig:
             )
         if not self.output_dir.strip():
             raise _error("output_dir must not be empty")
+        self.output_dir = str(Path(self.output_dir).expanduser())
 
     # Derived sizes
 

@@ -33,6 +33,7 @@ STEPS = 12
 HELD_OUT_SAMPLES = 3  # completions of each held-out prompt
 SHOWN = 4  # prompts whose completions are printed
 _BATCH = 12  # sequences scored at once
+ENTROPY = "token entropy, nats"
 
 
 def demo_config(
@@ -40,8 +41,8 @@ def demo_config(
 ) -> PowerFlowConfig:
     """The demo's training run: few steps with a large learning rate, tuned for a 135M-parameter model on two cores.
 
-    Below alpha = 1 the model is sampled at temperature 0.7. What is flattened is then the distribution at that
-    temperature, which starts out readable; at 1.0 so small a model already rambles, and flatter is word salad.
+    It goes part of the way to the target. Below alpha = 1 the model is sampled at temperature 0.7, so that p_base is
+    the base model at that temperature: at 1.0 a model this small already rambles, and flatter is unreadable.
     """
     return PowerFlowConfig(
         alpha=alpha,
@@ -137,7 +138,7 @@ def per_prompt(drawn: Drawn, prompts: Sequence[DemoPrompt], *, alpha: float) -> 
         return [values[i : i + k] for i in range(0, len(values), k)]
 
     measures = {
-        "token entropy, nats": means(drawn.entropy),
+        ENTROPY: means(drawn.entropy),
         "log-prob under the base, nats/token": means(drawn.base_logp),
         "residual |δ| (0 on target), nats/token": [float(numpy.std(g, ddof=1)) for g in groups(residual)],
         "distinct-1 within a prompt": [distinct_n(g, 1) for g in groups(bodies)],
@@ -194,9 +195,17 @@ def verdict(entropy: Change, alpha: float) -> str:
         return f"Token entropy did not move by more than its uncertainty: {numbers} ({interval})."
     verb, result = ("fell", "sharper") if entropy.change < 0 else ("rose", "flatter")
     asked = "no change" if alpha == 1 else "sharper" if alpha > 1 else "flatter"
-    fit = "as" if result == asked else "although"
-    direction = f"the model became {result}, {fit} α = {alpha:g} asks for {asked}"
-    return f"Token entropy {verb} {numbers} ({interval}): {direction}."
+    fit = f"as α = {alpha:g} asks" if result == asked else f"although α = {alpha:g} asks for {asked}"
+    return f"Token entropy {verb} {numbers} ({interval}): the model became {result}, {fit}."
+
+
+def other_moves(changes: dict[str, Change]) -> str:
+    """One sentence: which of ``changes`` rose, fell, or stayed within their uncertainty; names without their units."""
+    groups: dict[str, list[str]] = {"rose": [], "fell": [], "did not move by more than the uncertainty": []}
+    for name, c in changes.items():
+        rose, fell, stayed = groups.values()
+        (stayed if not c.moved else rose if c.change > 0 else fell).append(name.split(",")[0])
+    return "; ".join(f"{', '.join(names)} {what}" for what, names in groups.items() if names) + "."
 
 
 def run_demo(
@@ -238,7 +247,8 @@ def run_demo(
     samples = [[Sample(held_out[i // d.k].text, text) for i, text in enumerate(d.texts)] for d in (before, after)]
     write_samples(run / "samples.md", *samples)
     report = {
-        "verdict": verdict(changes["token entropy, nats"], alpha),
+        "verdict": verdict(changes[ENTROPY], alpha),
+        "others": other_moves({name: change for name, change in changes.items() if name != ENTROPY}),
         "alpha": alpha,
         "measures": {name: asdict(change) for name, change in changes.items()},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -291,9 +301,7 @@ def _print_report(
     print("\n" + format_samples(before[shown], after[shown]))
     print("\n" + format_table(rows, ("held-out prompts, same seed", "before", "after", "change", "95 % interval", "n")))
     print("\nn: prompts, which the bootstrap interval resamples; each has", HELD_OUT_SAMPLES, "completions.")
-    if report["alpha"] < 1:
-        print("The run is short on purpose: a flatter model this small soon writes no sentences any more.")
-    print(f"\n{report['verdict']}\n")
+    print(f"\n{report['verdict']}\nOtherwise: {report['others']}\n")
     print("time:   ", ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items()))
     for name in ("plot", "model", "samples"):
         print(f"{name + ':':8} {report[name]}")

@@ -109,6 +109,8 @@ def check_linear_inputs(
     ignore_index: int,
 ) -> LogitTransform:
     """Raise on anything the kernels cannot take; return the transform as plain floats."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")

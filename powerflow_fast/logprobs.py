@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import chunked
 from .dispatch import (
@@ -48,6 +47,30 @@ def _implementation(backend: Backend, hidden: Tensor) -> types.SimpleNamespace |
     )
 
 
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Identity on a gradient that is a constant to autograd; whoever differentiates it again gets an error."""
+
+    @staticmethod
+    def forward(ctx, gradient, anchor, op):
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            f"{ctx.op}: second derivatives are not available; the *_ref functions in powerflow_fast.kernels can be "
+            "differentiated twice"
+        )
+
+
+def refuse_second_derivative(op: str, gradient: Tensor | None) -> Tensor | None:
+    """``gradient``, made by hand in a backward pass, such that differentiating it is an error and not a silent zero."""
+    # Grad mode is on in a backward pass only if its own graph is wanted (create_graph=True).
+    if gradient is None or not torch.is_grad_enabled():
+        return gradient
+    return _RefuseSecondDerivative.apply(gradient, torch.zeros((), requires_grad=True), op)
+
+
 class LinearLogprobsFunction(torch.autograd.Function):
     """Chooses the cheapest pass for the inputs that need a gradient.
 
@@ -59,6 +82,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation):
         needs = ctx.needs_input_grad
+        ctx.dtype = hidden.dtype
         ctx.only_hidden = needs[0] and not needs[1] and not needs[3]
         if ctx.only_hidden:
             logp, unit = implementation.linear_logprob_fwd_d_hidden(
@@ -72,14 +96,20 @@ class LinearLogprobsFunction(torch.autograd.Function):
         return out.logp
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_logp):
+        with torch.no_grad():
+            d_hidden, d_weight, d_bias = LinearLogprobsFunction._gradients(ctx, d_logp)
+        grads = (refuse_second_derivative("linear_logprobs", g) for g in (d_hidden, d_weight, d_bias))
+        d_hidden, d_weight, d_bias = grads
+        return d_hidden, d_weight, None, d_bias, None, None, None
+
+    @staticmethod
+    def _gradients(ctx, d_logp):
         if ctx.only_hidden:
             (unit,) = ctx.saved_tensors
-            d_hidden = torch.mul(unit, d_logp[:, None], out=torch.empty_like(unit))
-            return d_hidden, None, None, None, None, None, None
+            return torch.mul(unit, d_logp[:, None]).to(ctx.dtype), None, None
         hidden, weight, labels, bias, *forward = ctx.saved_tensors
-        d_hidden, d_weight, d_bias = ctx.implementation.linear_logprob_bwd(
+        return ctx.implementation.linear_logprob_bwd(
             hidden,
             weight,
             labels,
@@ -92,7 +122,6 @@ class LinearLogprobsFunction(torch.autograd.Function):
             need_d_weight=ctx.needs_input_grad[1],
             need_d_bias=ctx.needs_input_grad[3],
         )
-        return d_hidden, d_weight, None, d_bias, None, None, None
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -74,6 +74,11 @@ def load_model(
     Weights are read from safetensors only. Raises ModelError that says what was looked for and what to do.
     """
     if isinstance(model, nn.Module):
+        if not hasattr(unwrap_peft(model), "config"):
+            raise ModelError(
+                "load_model: model must be a name, a folder, or a Hugging Face PreTrainedModel or PeftModel, got "
+                f"{type(model).__name__}"
+            )
         path = getattr(unwrap_peft(model), "name_or_path", "")
         name = path or type(model).__name__
         if tokenizer is None:
@@ -377,10 +382,11 @@ def save_model(model: nn.Module, tokenizer: Any, output_dir: Path) -> None:
     """
     if is_peft(model):
         model.save_pretrained(output_dir / "adapter")
-        model = copy.deepcopy(model).cpu().merge_and_unload()
+        # Merged in fp32: most of a small adapter would be lost to the rounding of half-precision weights.
+        model = copy.deepcopy(model).cpu().float().merge_and_unload()
     temporary, final = output_dir / ".model.tmp", output_dir / "model"
-    for folder in (temporary, final):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _extension
 from .dispatch import Backend, require_positive, require_tensor, values_are_readable
-from .logprobs import check_cu_seqlens, linear_logprobs, segment_sum
+from .logprobs import check_cu_seqlens, linear_logprobs, refuse_second_derivative, segment_sum
 
 __all__ = ["LATBOutput", "la_tb_loss", "linear_la_tb_loss"]
 
@@ -283,37 +283,21 @@ def _check_clip(op: str, clip: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-class _RefuseSecondDerivative(torch.autograd.Function):
-    """Identity on a gradient, tied to the inputs that it depends on, so that differentiating it again is an error."""
-
-    @staticmethod
-    def forward(ctx, gradient: Tensor, logps: Tensor, log_z: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(
-            "la_tb_loss: second derivatives are not available, the op makes its gradients as constants in the forward "
-            "pass; powerflow_fast.kernels.la_tb_reference.la_tb_loss_ref can be differentiated twice"
-        )
-
-
 def _setup_context(ctx, inputs, output) -> None:
-    logps, _, log_z, *_ = inputs
     _, *constants, d_logps, d_log_z = output
     ctx.mark_non_differentiable(*constants, d_logps, d_log_z)
     ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
-    ctx.save_for_backward(d_logps, d_log_z, logps, log_z)
+    ctx.save_for_backward(d_logps, d_log_z)
 
 
 def _backward(ctx, d_loss, *_):
-    d_logps, d_log_z, logps, log_z = ctx.saved_tensors
+    d_logps, d_log_z = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * 11
     for position, unit in ((0, d_logps), (2, d_log_z)):
         if d_loss is not None and ctx.needs_input_grad[position]:
-            grad = d_loss * unit
-            # grad mode is on in a backward pass only if its own graph is wanted (create_graph=True)
-            grads[position] = _RefuseSecondDerivative.apply(grad, logps, log_z) if torch.is_grad_enabled() else grad
+            with torch.no_grad():
+                grad = d_loss * unit
+            grads[position] = refuse_second_derivative("la_tb_loss", grad)
     return tuple(grads)
 
 

@@ -19,15 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import report
-from .checkpoint import git_commit, latest_checkpoint, prepare_output_dir
+from .checkpoint import checkpoint_step, git_commit, latest_checkpoint, prepare_output_dir
 from .config import PowerFlowConfig
 from .data import PromptDataset, check_lengths, encode_prompt, load_prompts, prompt_indices
-from .errors import ConfigError, ModelError, NonFiniteLossError
+from .errors import ConfigError, ModelError, NonFiniteLossError, OutputDirError
 from .models import (
     CausalLMScorer,
-    add_lora,
-    disable_dropout,
-    is_peft,
     load_model,
     make_base,
     max_positions,
@@ -36,6 +33,7 @@ from .models import (
 )
 from .partition import LogZHead
 from .plots import plot_history
+from .preparation import check_arguments, digest, make_accelerator, prepare_model, prompt_text, seed_of
 from .rewards import FormatFn, format_penalties, resolve_format
 from .rollout import HFGenerateEngine, seeded
 from .run_state import RunState, find_checkpoint
@@ -115,6 +113,7 @@ def train(
 
     Source: LA-TB, PowerFlow (arXiv 2603.18363).
     """
+    callbacks = check_arguments(config, eval_fn, callbacks, tokenizer)
     config = config or PowerFlowConfig()
     config = config.merge(**overrides, **({} if alpha is None else {"alpha": alpha}))
     config.require_alpha()
@@ -128,7 +127,7 @@ class _Run:
         self.config, self.alpha = config, config.require_alpha()
         self.format_fn, self.eval_fn, self.callbacks = resolve_format(format_fn), eval_fn, callbacks
         self.dataset: PromptDataset = load_prompts(prompts)
-        self.accelerator = _make_accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
         self.prompts_per_rollout = config.prompts_per_generation(self.world)
@@ -143,7 +142,7 @@ class _Run:
         loaded = load_model(model, tokenizer=tokenizer, dtype=weights_dtype, trust_remote_code=config.trust_remote_code)
         self.tokenizer, self.model_name = loaded.tokenizer, loaded.name
         self._check_prompts(loaded.model)
-        self.model = self._prepare_model(loaded.model)
+        self.model = prepare_model(loaded.model, config).to(self.accelerator.device)
         self._build()
 
     # Set-up
@@ -161,30 +160,6 @@ class _Run:
                 f"{config.max_completion_length} that exceeds the model's {limit} positions; set max_completion_length "
                 f"to at most {limit - longest}"
             )
-
-    def _prepare_model(self, model: nn.Module) -> nn.Module:
-        config = self.config
-        with seeded(config.seed, torch.device("cpu")):  # a LoRA adapter starts from random numbers
-            if config.use_peft and not is_peft(model):
-                model = add_lora(
-                    model,
-                    r=config.lora_r,
-                    alpha=config.lora_alpha,
-                    target_modules=config.lora_target_modules,
-                )
-        disable_dropout(model)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ModelError("train: no parameter of the model requires a gradient")
-        halves = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
-        if halves:
-            logger.warning(
-                "trained weights are %s: steps smaller than their rounding are lost; load the model with "
-                "dtype=torch.float32 and set bf16=True instead",
-                ", ".join(map(str, halves)),
-            )
-        if config.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model.to(self.accelerator.device)
 
     def _build(self) -> None:
         """Everything that needs the model: base, engine, optimiser, scheduler, check, output folder, resumed state."""
@@ -226,6 +201,8 @@ class _Run:
         )
         identity = {
             "prompts": self.dataset.fingerprint,
+            "chat_template": digest(getattr(self.tokenizer, "chat_template", None)),
+            "format_fn": getattr(self.format_fn, "__qualname__", None),
             "base_model": weights_fingerprint(self.base.scorer.model),
             "num_processes": self.world,
         }
@@ -242,6 +219,14 @@ class _Run:
         self.step, self.samples = 0, None
         if self.resume_from is not None:
             self.step, self.samples = self.state.load(self.resume_from, self.rank)
+            newest = latest_checkpoint(config.output_dir)
+            if newest is not None and checkpoint_step(newest) > self.step:
+                raise OutputDirError(
+                    f"output_dir {config.output_dir} holds {newest.name}, later than {self.resume_from}: continue from "
+                    "there with resume_from_checkpoint=True, or branch off into another output_dir"
+                )
+        elif config.resume_from_checkpoint:
+            logger.warning("no checkpoint in %s yet: the run starts at step 1", config.output_dir)
         self.wrapped, self.optimizer = accelerator.prepare(self.policy, optimizer)
         self.updater = Updater(
             self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=self.engine.pad_id
@@ -260,7 +245,14 @@ class _Run:
             )
 
     def _encode(self, index: int) -> list[int]:
-        return encode_prompt(self.dataset[index], self.tokenizer, **self._encode_options)
+        ids = encode_prompt(self.dataset[index], self.tokenizer, **self._encode_options)
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= rows:
+            raise ModelError(
+                f"{self.dataset[index].where}: the tokenizer gives token id {max(ids)}, but the model embeds {rows} "
+                "tokens; use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
+            )
+        return ids
 
     # The loop
 
@@ -271,6 +263,9 @@ class _Run:
         self.history_file = report.HistoryWriter(history_file, resume_step=self.step) if self.is_main else None
         self.history = report.read_history(history_file) if self.is_main else []
         progress = report.ProgressLine(self.total_steps, first=self.step) if self.is_main else None
+        completions = self.output_dir / "completions.jsonl"
+        log = self.is_main and self.config.log_completions
+        self.completions_file = report.HistoryWriter(completions, resume_step=self.step) if log else None
         before = self._samples_before()
         if self.step == 0:
             self._evaluate(record_always=True)
@@ -315,7 +310,7 @@ class _Run:
         share = len(indices) // self.world
         indices = indices[self.rank * share : (self.rank + 1) * share] if self.world > 1 else indices
         prompts = [ids for i in indices for ids in [self._encode(i)] * k]
-        rollout = self.engine.generate(prompts, seed=_seed_of(config.seed, number, self.rank))
+        rollout = self.engine.generate(prompts, seed=seed_of(config.seed, number, self.rank))
         timings["rollout"] = time.perf_counter() - started
         started = time.perf_counter()
         samples = Samples(
@@ -329,7 +324,7 @@ class _Run:
         if config.updates_per_generation > 1:
             samples.old_logps = self.updater.policy_sums(samples)
         timings["score"] = time.perf_counter() - started
-        if config.log_completions and self.is_main:
+        if self.completions_file is not None:
             self._write_completions(number, indices, rollout)
         return samples
 
@@ -352,6 +347,9 @@ class _Run:
             self._stop_non_finite(loss, grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
+        total = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
+        if not bool(torch.isfinite(total)):
+            self._stop_non_finite(loss, grad_norm)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         timings["update"] = time.perf_counter() - started
@@ -370,9 +368,10 @@ class _Run:
         if finite and self.step > 0:
             self._save()
         kept = latest_checkpoint(self.output_dir)
-        saved = f"the state after step {self.step} is in {kept}" if kept else "no checkpoint was written before it"
+        saved = f"the state after step {checkpoint_step(kept)} is in {kept}" if kept else "there is no checkpoint yet"
+        state = "this step did not change the weights" if finite else "its update made the weights non-finite"
         raise NonFiniteLossError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; this step did not change the weights, and {saved}. "
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; {state}, and {saved}. "
             "Lower learning_rate, or look for prompts or completions that the model gives no finite log-probs",
             step=step,
             checkpoint=str(kept) if kept else None,
@@ -394,24 +393,27 @@ class _Run:
             self.model.eval()
             with torch.no_grad():
                 scores = self.eval_fn(self.model, self.tokenizer, self.step)
-            self._record({f"eval/{name}": float(value) for name, value in scores.items()})
+            try:
+                numbers = {f"eval/{name}": float(value) for name, value in scores.items()}
+            except (AttributeError, TypeError, ValueError):
+                raise ConfigError(f"eval_fn must return a dict of numbers, got {scores!r}") from None
+            self._record(numbers)
         self.accelerator.wait_for_everyone()
 
-    def _draw_samples(self) -> list[report.Sample]:
+    def _draw_samples(self, count: int) -> list[report.Sample]:
         """The same prompts and seed whenever it is called, so that before and after can be compared."""
-        count = min(self.config.num_sample_prompts, len(self.dataset))
         if not count or not self.is_main:
             return []
         prompts = [self._encode(i) for i in range(count)]
-        rollout = self.engine.generate(prompts, seed=_seed_of(self.config.seed, 0, 0))
+        rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, 0, 0))
         texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-        return [report.Sample(_prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
+        return [report.Sample(prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
 
     def _samples_before(self) -> list[report.Sample]:
         path = self.output_dir / "samples_before.json"
         if path.is_file():  # a resumed run: its policy is no longer the one from before
             return [report.Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
-        samples = self._draw_samples()
+        samples = self._draw_samples(min(self.config.num_sample_prompts, len(self.dataset)))
         if self.is_main:
             rows = [asdict(sample) for sample in samples]
             path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -419,10 +421,10 @@ class _Run:
 
     def _write_completions(self, number: int, indices: list[int], rollout: Any) -> None:
         texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-        with open(self.output_dir / "completions.jsonl", "a", encoding="utf-8") as file:
-            for j, text in enumerate(texts):
-                row = {"rollout": number, "prompt_index": indices[j // self.config.num_generations], "text": text}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        step = number * self.config.updates_per_generation + 1  # the first that trains on them
+        for j, text in enumerate(texts):
+            index = indices[j // self.config.num_generations]
+            self.completions_file.write({"step": step, "rollout": number, "prompt_index": index, "text": text})
 
     def _save(self) -> None:
         """A checkpoint at the present step; an unfinished rollout goes with it."""
@@ -446,7 +448,7 @@ class _Run:
                 commit=git_commit(),
                 metrics=[(name, steps[0][name], steps[-1][name]) for name in _CARD_METRICS] if steps else [],
             )
-            report.write_samples(self.output_dir / "samples.md", before, self._draw_samples())
+            report.write_samples(self.output_dir / "samples.md", before, self._draw_samples(len(before)))
             if steps:
                 plot_history(
                     steps,
@@ -458,31 +460,3 @@ class _Run:
         for tracker in self.accelerator.trackers:  # end_training would also end the caller's process group
             tracker.finish()
         return TrainResult(self.model, self.tokenizer, self.history, self.output_dir)
-
-
-def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def _make_accelerator(config: PowerFlowConfig) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    # The state is shared by a process: a second train() in it may want another precision.
-    AcceleratorState._reset_state()
-    # Without being told so, accelerate takes the processes of a torchrun on CPUs for one process each.
-    cpu = not torch.accelerator.is_available()
-    device_type = PartialState(cpu=cpu).device.type
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision="bf16" if config.resolve_bf16(device_type) else "no",
-        log_with=config.trackers or None,
-        project_dir=config.output_dir,
-    )
-
-
-def _seed_of(seed: int, number: int, rank: int) -> int:
-    """A seed for rollout ``number`` on device ``rank``: a resumed run draws what the first one would have drawn."""
-    import numpy
-
-    return int(numpy.random.SeedSequence([seed, number, rank]).generate_state(1, numpy.uint32)[0])

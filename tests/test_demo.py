@@ -12,7 +12,7 @@ import transformers as tf
 from tiny import BOS, EOS, PAD, VOCAB, one_thread, tiny_tokenizer  # noqa: F401
 
 from powerflow_fast import cli, demo, smollm2
-from powerflow_fast.demo import Change, Drawn, compare, demo_config, fresh_dir, per_prompt, verdict
+from powerflow_fast.demo import Change, Drawn, compare, demo_config, fresh_dir, other_moves, per_prompt, verdict
 from powerflow_fast.demo_prompts import DemoPrompt, creative_prompts, demo_prompts, reasoning_prompts, reasoning_score
 from powerflow_fast.errors import ConfigError, ModelError
 
@@ -237,12 +237,12 @@ def test_interval_covers_the_true_change():
         (
             Change(2.4, 1.4, -1.0, -1.2, -0.8, 12),
             4.0,
-            "fell from 2.40 to 1.40 nats.*became sharper, as α = 4 asks for s",
+            "fell from 2.40 to 1.40 nats.*became sharper, as α = 4 asks\\.",
         ),
         (
             Change(1.4, 1.9, 0.5, 0.2, 0.8, 12),
             0.5,
-            "rose from 1.40 to 1.90 nats.*became flatter, as α = 0.5 asks for f",
+            "rose from 1.40 to 1.90 nats.*became flatter, as α = 0.5 asks\\.",
         ),
         (Change(2.4, 1.4, -1.0, -1.2, -0.8, 12), 0.5, "fell .*became sharper, although α = 0.5 asks for flatter"),
         (Change(1.4, 1.9, 0.5, 0.2, 0.8, 12), 4.0, "rose .*became flatter, although α = 4 asks for sharper"),
@@ -259,6 +259,14 @@ def test_verdict_follows_the_measurement(change, alpha, words):
     assert re.search(words, verdict(change, alpha)), verdict(change, alpha)
     for claim in ("sharper", "flatter"):
         assert change.moved or claim not in verdict(change, alpha)
+
+
+def test_other_moves_follow_the_intervals():
+    up, down = Change(1.0, 2.0, 1.0, 0.5, 1.5, 9), Change(2.0, 1.0, -1.0, -1.5, -0.5, 9)
+    unclear, single = Change(1.0, 2.0, 1.0, -0.1, 2.0, 9), Change(1.0, 2.0, 1.0, math.nan, math.nan, 1)
+    said = other_moves({"a, nats": up, "b": down, "c": unclear, "d, tokens": up, "e": single})
+    assert said == "a, d rose; b fell; c, e did not move by more than the uncertainty."
+    assert other_moves({"b": down}) == "b fell."
 
 
 def test_fresh_dir(tmp_path):
@@ -323,7 +331,7 @@ def test_whole_demo_with_a_tiny_model(alpha, tiny_folder, tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     report = json.loads((wanted / "report.json").read_text(encoding="utf-8"))
 
-    assert report["verdict"] in printed
+    assert report["verdict"] in printed and report["others"] in printed
     entropy = report["measures"]["token entropy, nats"]
     assert entropy["prompts"] == 12 and 0 < entropy["before"] < math.log(VOCAB)
     assert f"{entropy['before']:.3f}" in printed and f"{entropy['after']:.3f}" in printed

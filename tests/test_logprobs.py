@@ -369,6 +369,29 @@ def test_gradcheck_of_the_oracle_and_of_the_torch_backend():
         )
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_second_derivatives_are_refused_where_they_are_used(frozen):
+    case = make_case(torch.float32)
+    leaves = case.tensors(weight=not frozen)
+    total = linear_logprobs(leaves["hidden"], leaves["weight"], case.labels).sum()
+    (gradient,) = torch.autograd.grad(total, leaves["hidden"], create_graph=True)
+    total.backward(retain_graph=True)  # a graph that is not used again is fine
+    with pytest.raises(RuntimeError, match="linear_logprobs: second derivatives are not available"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradients_survive_a_loss_scale(backend):
+    """A frozen head's gradient under fp16's smallest number, lifted back by a large upstream gradient."""
+    case = special_row(20.0, dtype=torch.float16)
+    grads = []
+    for frozen in (True, False):
+        leaves = case.tensors(weight=not frozen)
+        logp = linear_logprobs(leaves["hidden"], leaves["weight"], case.labels, backend=backend)
+        grads.append(torch.autograd.grad(logp, leaves["hidden"], torch.tensor([65536.0]))[0])
+    torch.testing.assert_close(grads[0], grads[1], rtol=2e-2, atol=1e-6)
+
+
 H, W, Y = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
 
 

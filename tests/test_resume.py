@@ -17,7 +17,7 @@ from test_trainer import run, same, weights
 from tiny import tiny_model
 
 from powerflow_fast.checkpoint import latest_checkpoint
-from powerflow_fast.errors import CheckpointError
+from powerflow_fast.errors import CheckpointError, OutputDirError
 
 TESTS = Path(__file__).parent
 
@@ -113,6 +113,7 @@ def test_resume_of_another_run_is_refused(tmp_path):
         ({"prompts": ["other "]}, "prompts: checkpoint has"),
         ({"model": tiny_model(seed=1)}, "base_model: checkpoint has"),
         ({"log_z": "group"}, "log_z: checkpoint has 'learned', this run has 'group'"),
+        ({"format_fn": "boxed"}, "format_fn: checkpoint has None, this run has 'boxed_answer'"),
     ]
     for options, message in refused:
         with pytest.raises(CheckpointError, match=f"(?s){message}.*start a new run"):
@@ -137,5 +138,38 @@ def test_damaged_checkpoint_is_named(tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors: damaged"):
         run(tmp_path, max_steps=4, resume_from_checkpoint=str(newest))
-    earlier = str(tmp_path / "run" / "checkpoint-1")
-    assert run(tmp_path, max_steps=3, resume_from_checkpoint=earlier).history[-1]["step"] == 3
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path, caplog):
+    run(tmp_path, max_steps=2, save_steps=1)
+    with open(tmp_path / "run" / "checkpoint-2" / "weights.safetensors", "r+b") as file:
+        file.truncate(100)
+    result = run(tmp_path, max_steps=3, resume_from_checkpoint=True)
+    assert [row["step"] for row in result.history] == [1, 2, 3]
+    assert "passed over" in caplog.text and "checkpoint-2" in caplog.text
+
+
+def test_branching_off_an_older_checkpoint_needs_its_own_folder(tmp_path):
+    run(tmp_path, max_steps=3, save_steps=1)
+    older = str(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(OutputDirError, match=r"holds checkpoint-3, later than .*branch off"):
+        run(tmp_path, max_steps=4, resume_from_checkpoint=older)
+    branch = run(tmp_path, name="branch", max_steps=3, resume_from_checkpoint=older)
+    assert [row["step"] for row in branch.history] == [2, 3]
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 3
+
+
+def test_completions_have_no_gap_and_no_repetition(tmp_path):
+    options = {"log_completions": True, "save_steps": 2, "max_steps": 4}
+    run(tmp_path, name="whole", **options)
+    with pytest.raises(Killed):
+        run(tmp_path, name="cut", callbacks=[kill_after(3)], **options)
+    run(tmp_path, name="cut", resume_from_checkpoint=True, **options)
+    whole, cut = ((tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "cut"))
+    assert whole == cut and len(whole.splitlines()) == 16
+
+
+def test_number_of_samples_may_change_on_resume(tmp_path):
+    run(tmp_path, max_steps=1, num_sample_prompts=1)
+    run(tmp_path, max_steps=2, num_sample_prompts=3, resume_from_checkpoint=True)
+    assert (tmp_path / "run" / "samples.md").read_text().count("**Prompt:**") == 1

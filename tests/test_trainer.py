@@ -308,6 +308,12 @@ BAD = {
     "adapter_off": ({"base": "adapter_off"}, ModelError, "needs a PEFT model"),
     "top_p": ({"top_p": 0.9}, ConfigError, "top_p must be 1.0, got 0.9"),
     "broken model": ({"model": broken_model}, ModelError, "changes the logits after its head"),
+    "a plain module": ({"model": lambda: torch.nn.Linear(2, 2)}, ModelError, "got Linear"),
+    "float64": ({"model": lambda: tiny_model().double()}, ModelError, "weights are float64"),
+    "other tokenizer": ({"tokenizer": "gpt2"}, TypeError, "tokenizer must be a tokenizer object, got str"),
+    "config dict": ({"config": {"seed": 1}}, TypeError, "config must be a PowerFlowConfig, got dict"),
+    "callback": ({"callbacks": [3]}, TypeError, "callbacks must be callable, got int"),
+    "tracker": ({"report_to": "trackio"}, ConfigError, "report_to='trackio' needs a package"),
     "resume nothing": ({"resume_from_checkpoint": "nowhere"}, CheckpointError, "nowhere: no such checkpoint folder"),
 }
 
@@ -338,6 +344,43 @@ def test_output_dir_of_another_run_is_refused(tmp_path):
     with pytest.raises(OutputDirError, match=r"already holds a run .newest checkpoint: checkpoint-1"):
         run(tmp_path, max_steps=1)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+
+
+def test_files_of_others_are_never_replaced(tmp_path):
+    folder = tmp_path / "run"
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "model" / "mine.txt").write_text("x")
+    with pytest.raises(OutputDirError, match=r"holds model, which no run of powerflow_fast put there"):
+        run(tmp_path, model=str(folder / "model"))
+    assert (folder / "model" / "mine.txt").read_text() == "x" and [p.name for p in folder.iterdir()] == ["model"]
+
+
+def test_half_precision_weights_are_trained_in_fp32(tmp_path, caplog):
+    model = tiny_model().to(torch.bfloat16)
+    before = weights(model)
+    result = run(tmp_path, model=model, learning_rate=1e-6)
+    assert "converted to float32" in caplog.text
+    moved = [(p != before[name].float()).float().mean() for name, p in weights(result.model).items()]
+    assert sum(m > 0.5 for m in moved) >= len(moved) - 2
+    kept = run(tmp_path, name="as-is", model=tiny_model().to(torch.bfloat16), dtype="bfloat16", max_steps=1)
+    assert next(kept.model.parameters()).dtype == torch.bfloat16
+
+
+def test_lora_on_half_precision_weights_is_merged_without_rounding(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    result = run(tmp_path, model=str(tmp_path / "base"), tokenizer=None, use_peft=True, learning_rate=1e-4)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    merged = tf.AutoModelForCausalLM.from_pretrained(result.model_dir)
+    exact = result.model.float()
+    torch.testing.assert_close(merged(ids).logits, exact(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_update_that_breaks_the_weights_is_named(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"step \d: .*(weights non-finite|did not change)") as caught:
+        run(tmp_path, learning_rate=1e20, max_grad_norm=0.0, max_steps=4)
+    assert caught.value.step <= 3
 
 
 def test_config_object_and_overrides(tmp_path):

@@ -37,21 +37,22 @@ class Case:
     def arguments(self):
         return self.hidden, self.weight, self.labels, self.bias, self.transform, IGNORE
 
-    def run(self) -> dict[str, torch.Tensor]:
-        """Everything that the three launchers return."""
-        out = linear_logprob_fwd.linear_logprob_fwd(*self.arguments(), stats=True)._asdict()
-        assert torch.equal(out.pop("others_sum").isnan(), out.pop("others_max").isnan())
+    def run_launchers(self):
+        """What the three launchers return: statistics, (logp, unit gradient), the plain forward pass, gradients."""
+        stats = linear_logprob_fwd.linear_logprob_fwd(*self.arguments(), stats=True)
         forward = linear_logprob_fwd.linear_logprob_fwd(*self.arguments())
-        out["logp without stats"] = forward.logp
-        out["logp of unit"], out["unit"] = linear_logprob_fwd.linear_logprob_fwd_d_hidden(*self.arguments())
-        grads = linear_logprob_bwd.linear_logprob_bwd(
-            *self.arguments(), forward, self.d_logp,
-            need_d_hidden=True, need_d_weight=True, need_d_bias=self.bias is not None,
-        )  # fmt: skip
-        out |= {
-            name: grad for name, grad in zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True) if grad is not None
-        }
-        return out
+        unit = linear_logprob_fwd.linear_logprob_fwd_d_hidden(*self.arguments())
+        needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": self.bias is not None}
+        grads = linear_logprob_bwd.linear_logprob_bwd(*self.arguments(), forward, self.d_logp, **needs)
+        return stats, forward, unit, grads
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """The launchers' results by name."""
+        stats, forward, unit, grads = self.run_launchers()
+        out = {name: x for name, x in stats._asdict().items() if not name.startswith("others")}
+        out |= {"logp without stats": forward.logp, "logp of unit": unit[0], "unit": unit[1]}
+        names = ("d_hidden", "d_weight", "d_bias")
+        return out | {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
     def reference(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         leaves = {"d_hidden": self.hidden, "d_weight": self.weight}
@@ -138,7 +139,8 @@ def test_column_of_every_tile_can_be_the_label(check_accuracy):
 def test_pointers_and_copy_engine_give_equal_bits(monkeypatch):
     case = make_case(torch.bfloat16, bias=True)
     with_descriptors = case.run()
-    monkeypatch.setattr(launch, "tile_for", lambda *_, **__: Tile(64, 256, 64, 4, 1, False))
+    monkeypatch.setattr(launch, "tile_for", lambda *_, **__: Tile(64, 256, 64, 4, 1, tma=False))
+    assert not launch.choose_tile(case.hidden, heavy=False).tma
     for name, x in case.run().items():
         assert torch.equal(x, with_descriptors[name]), name
 
@@ -224,11 +226,9 @@ def test_confident_tokens_keep_their_digits(dtype):
     torch.testing.assert_close(ours["entropy"].double(), entropy, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("softcap", [None, 300.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unlikely_tokens_among_likely_ones(dtype, softcap, check_accuracy):
-    """Tokens 2 to 1000 nats below the maximum, which are written anew around it, in one tile with ordinary rows."""
-    case = make_case(dtype, n=70, ignored=True, logit_softcap=softcap)
+def case_of_unlikely_tokens(dtype, **options) -> Case:
+    """Every fifth token of 70 lies 2 to 1000 nats below the maximum."""
+    case = make_case(dtype, **options)
     case.hidden[:, 0] = 0
     case.hidden[::5] = 0
     case.hidden[::5, 0] = 1
@@ -236,6 +236,14 @@ def test_unlikely_tokens_among_likely_ones(dtype, softcap, check_accuracy):
     depth = torch.tensor([2.0, 12.0, 40.0, 64.0, 90.0, 120.0, 1000.0]).repeat(2)
     case.labels[deep] = 20 + torch.arange(14)
     case.weight[20:34, 0] = -depth.to(dtype)
+    return case
+
+
+@pytest.mark.parametrize("softcap", [None, 300.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unlikely_tokens_among_likely_ones(dtype, softcap, check_accuracy):
+    """Some rows of a tile are written anew around their maximum, the others are not."""
+    case = case_of_unlikely_tokens(dtype, logit_softcap=softcap)
     limit = linear_logprob_fwd.ANCHOR_LIMIT[dtype]
     sums = (-case.reference(torch.float64)["logp"]).exp()
     over = sums > limit
@@ -313,6 +321,14 @@ def test_equal_bits_every_time():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_autocast_changes_no_bit():
+    case = make_case(bias=True)
+    outside = case.run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = case.run()
+    assert all(torch.equal(outside[name], inside[name]) for name in outside)
+
+
 def test_only_what_is_needed(monkeypatch):
     case = make_case(torch.bfloat16, bias=True)
     forward = linear_logprob_fwd.linear_logprob_fwd(*case.arguments())
@@ -339,10 +355,11 @@ def test_row_plan_fills_the_gpu_within_its_budget():
         rows = launch.plan_rows(100_000, 2 * v, h, tile, 132)
         assert rows % tile.block_n == 0 and rows > 0
         assert rows == tile.block_n or rows * 2 * v <= launch.SCRATCH_BYTES
-        assert launch.plan_rows(rows, 2 * v, h, tile, 132) == rows
+        assert launch.plan_rows(100, 2 * v, h, tile, 132) == 100
     rows = launch.plan_rows(100_000, 2 * 128256, 4096, tile, 132)
     tiles = rows // 128 * (4096 // 256)
     assert tiles / (-(-tiles // 132) * 132) > 0.9
+    assert launch.plan_rows(1792, 2 * 151936, 3584, tile, 132) == 1152  # 9 + 5 blocks: two waves; 13 + 1: three
 
 
 def test_column_plan_is_even_and_within_its_budget():

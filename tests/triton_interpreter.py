@@ -10,6 +10,8 @@ a tensor core's does not, and kernels that form the same logits twice rely on th
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 
 
@@ -27,7 +29,9 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 def install() -> None:
-    """Patch the interpreter of the triton that is imported in this process, once. Needs TRITON_INTERPRET=1."""
+    """Patch the interpreter of this process's triton, once, where triton is installed. Needs TRITON_INTERPRET=1."""
+    if importlib.util.find_spec("triton") is None:
+        return
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder as Builder
     from triton.runtime.interpreter import TensorHandle

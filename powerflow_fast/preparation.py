@@ -1,0 +1,105 @@
+"""What :func:`powerflow_fast.train` needs before its first step: argument checks, devices, the model made trainable."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from .config import PowerFlowConfig
+from .errors import ConfigError, ModelError
+from .heads import is_peft, unwrap_peft
+from .models import add_lora, disable_dropout
+from .rollout import seeded
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(config: Any, eval_fn: Any, callbacks: Any, tokenizer: Any) -> list[Any]:
+    """The callbacks as a list; TypeError naming the argument of ``train`` that is of the wrong type."""
+    if config is not None and not isinstance(config, PowerFlowConfig):
+        raise TypeError(
+            f"train: config must be a PowerFlowConfig, got {type(config).__name__}; pass a dict as **config"
+        )
+    callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+    for name, function in [("eval_fn", eval_fn), *(("callbacks", c) for c in callbacks)]:
+        if function is not None and not callable(function):
+            raise TypeError(f"train: {name} must be callable, got {type(function).__name__}")
+    if tokenizer is not None and not callable(tokenizer):
+        raise TypeError(f"train: tokenizer must be a tokenizer object, got {type(tokenizer).__name__}")
+    return callbacks
+
+
+def prepare_model(model: nn.Module, config: PowerFlowConfig) -> nn.Module:
+    """Adapter, dropout, precision of the trained weights and checkpointing, as the config has them."""
+    with seeded(config.seed, torch.device("cpu")):  # a LoRA adapter starts from random numbers
+        if config.use_peft and not is_peft(model):
+            model = add_lora(
+                model,
+                r=config.lora_r,
+                alpha=config.lora_alpha,
+                target_modules=config.lora_target_modules,
+            )
+    disable_dropout(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError("train: no parameter of the model requires a gradient")
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    if torch.float64 in trained:
+        raise ModelError("train: the model's weights are float64; load it with dtype=torch.float32")
+    if trained != {torch.float32} and config.dtype != "bfloat16":
+        # A loaded model is the caller's, but a run that changes nothing is not what the caller wants.
+        logger.warning(
+            "the model is converted to float32: steps of %g are lost in half-precision weights; bf16=True "
+            "computes in bfloat16, dtype='bfloat16' trains the weights as they are",
+            config.learning_rate,
+        )
+        model.float()
+    generation_config = getattr(unwrap_peft(model), "generation_config", None)
+    try:
+        if generation_config is not None:
+            generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(f"train: the model's generation_config could not be saved with it: {error}") from error
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def make_accelerator(config: PowerFlowConfig) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.tracking import get_available_trackers
+
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in config.trackers:
+        if tracker != "all" and tracker not in available:
+            raise ConfigError(f"report_to={tracker!r} needs a package that is not installed: pip install {tracker}")
+    # The state is shared by a process: a second train() in it may want another precision.
+    AcceleratorState._reset_state()
+    # Without being told so, accelerate takes the processes of a torchrun on CPUs for one process each.
+    cpu = not torch.accelerator.is_available()
+    device_type = PartialState(cpu=cpu).device.type
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if config.resolve_bf16(device_type) else "no",
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
+    )
+
+
+def digest(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()[:16]
+
+
+def seed_of(seed: int, number: int, rank: int) -> int:
+    """A seed for rollout ``number`` on device ``rank``: a resumed run draws what the first one would have drawn."""
+
+    return int(numpy.random.SeedSequence([seed, number, rank]).generate_state(1, numpy.uint32)[0])

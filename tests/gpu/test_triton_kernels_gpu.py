@@ -1,0 +1,168 @@
+"""The Triton kernels on a CUDA device: the interpreter's cases, real sizes, memory, equal bits, and no host sync."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from test_triton_kernels import DTYPES, IGNORE, OPTIONS, SHAPES, Case, case_of_unlikely_tokens, make_case
+
+from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd
+
+pytestmark = pytest.mark.gpu
+GIB = 2**30
+
+
+def on_gpu(case: Case) -> Case:
+    tensors = {name: x.cuda() for name, x in vars(case).items() if isinstance(x, torch.Tensor)}
+    return dataclasses.replace(case, **tensors)
+
+
+def large_case(n, v, h, dtype=torch.bfloat16, *, ignored=False, bias=False) -> Case:
+    generator = torch.Generator("cuda").manual_seed(0)
+    random = dict(generator=generator, device="cuda", dtype=dtype)
+    labels = torch.randint(0, v, (n,), generator=generator, device="cuda")
+    if ignored:
+        labels[::3] = IGNORE
+    weight = torch.randn(v, h, **random).mul_(3 * h**-0.5)
+    d_logp = torch.randn(n, generator=generator, device="cuda")
+    return Case(torch.randn(n, h, **random), weight, labels, d_logp, torch.randn(v, **random) if bias else None)
+
+
+def exact_rows(case: Case, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp64 logp and unit gradient of a few rows, a slice of the vocabulary at a time."""
+    hidden, labels = case.hidden[rows].double(), case.labels[rows]
+    slices = range(0, len(case.weight), 8192)
+    z = torch.cat([hidden @ case.weight[i : i + 8192].double().t() for i in slices], 1)
+    log_p = torch.log_softmax(z, 1)
+    p = log_p.exp()
+    mean = sum(p[:, i : i + 8192] @ case.weight[i : i + 8192].double() for i in slices)
+    return log_p.gather(1, labels[:, None])[:, 0], case.weight[labels].double() - mean
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_matches_fp64(options, dtype, check_accuracy):
+    on_gpu(make_case(dtype, n=500, v=1300, h=264, **options)).check(check_accuracy)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes(shape, dtype, check_accuracy):
+    on_gpu(make_case(dtype, **shape)).check(check_accuracy)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unlikely_tokens_among_likely_ones(dtype, check_accuracy):
+    on_gpu(case_of_unlikely_tokens(dtype)).check(check_accuracy)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_real_size(dtype):
+    """V 151936, H 1536: sampled rows of logp, of the unit gradient and of d_hidden, and sampled rows of d_weight."""
+    case = large_case(2048, 151936, 1536, dtype, ignored=True)
+    ours = case.run()
+    keep = (case.labels != IGNORE).nonzero()[:, 0]
+    rows = keep[:: len(keep) // 32]
+    logp, unit = exact_rows(case, rows)
+    for name in ("logp", "logp of unit"):
+        torch.testing.assert_close(ours[name][rows].double(), logp, rtol=1e-5, atol=5e-5)
+    scale = unit.abs().amax(1, keepdim=True)
+    assert ((ours["unit"][rows].double() - unit).abs() < 6e-3 * scale).all()
+    exact = unit * case.d_logp[rows, None]
+    assert ((ours["d_hidden"][rows].double() - exact).abs() < 6e-3 * exact.abs().amax(1, keepdim=True)).all()
+
+    columns = torch.cat([case.labels[keep[:4]], torch.tensor([0, 151935], device="cuda")])
+    lse = ours["lse"].double()
+    z = case.hidden.double() @ case.weight[columns].double().t()
+    g = (case.labels[:, None] == columns) - (z - lse[:, None]).exp()
+    g *= torch.where(case.labels == IGNORE, 0.0, case.d_logp).double()[:, None]
+    exact = g.t() @ case.hidden.double()
+    error = (ours["d_weight"][columns].double() - exact).abs().amax(1)
+    assert (error < 1e-2 * exact.abs().amax(1)).all()
+
+
+def test_offsets_beyond_int32(monkeypatch):
+    """N V > 2^31 in one buffer each of exponentials and of logit gradients, and V H > 2^31."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 * GIB:
+        pytest.skip("needs 40 GiB")
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 8 * GIB)
+    for n, v, h in ((16384, 151936, 64), (256, 151936, 14400)):
+        case = large_case(n, v, h)
+        assert n * v > 2**31 or v * h > 2**31
+        case.labels[-3:] = torch.tensor([v - 1, v - 2, 0], device="cuda")
+        ours = case.run()
+        rows = torch.tensor([0, 1, n // 2, n - 3, n - 2, n - 1], device="cuda")
+        logp, unit = exact_rows(case, rows)
+        for name in ("logp", "logp of unit"):
+            torch.testing.assert_close(ours[name][rows].double(), logp, rtol=1e-5, atol=1e-4)
+        for name, exact in (("unit", unit), ("d_hidden", unit * case.d_logp[rows, None])):
+            bound = 1e-2 * exact.abs().amax(1, keepdim=True)
+            assert ((ours[name][rows].double() - exact).abs() < bound).all(), (name, n)
+        assert all(torch.isfinite(x).all() for x in ours.values())
+        del case, ours
+
+
+def test_equal_bits_every_time():
+    case = large_case(3000, 50000, 1024, ignored=True, bias=True)
+    first = case.run()
+    for _ in range(3):
+        again = case.run()
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_launches_and_order_of_rows_change_no_bit(monkeypatch):
+    """A row's log-prob depends on the row alone: not on its place, on other rows, or on the launch that it is in."""
+    case = large_case(1000, 50000, 512)
+    logp = linear_logprob_fwd.linear_logprob_fwd(*case.arguments()).logp
+    order = torch.randperm(1000, device="cuda")
+    shuffled = dataclasses.replace(case, hidden=case.hidden[order], labels=case.labels[order])
+    assert torch.equal(linear_logprob_fwd.linear_logprob_fwd(*shuffled.arguments()).logp, logp[order])
+    monkeypatch.setattr(linear_logprob_fwd, "SCRATCH_ROWS", 256)
+    assert torch.equal(linear_logprob_fwd.linear_logprob_fwd(*case.arguments()).logp, logp)
+
+
+def test_copy_engine_and_pointers_agree(monkeypatch, check_accuracy):
+    case = large_case(300, 5000, 512, bias=True)
+    monkeypatch.setattr(launch, "tile_for", lambda *_, **__: launch.Tile(128, 128, 32, 8, 3, tma=False))
+    case.check(check_accuracy)
+
+
+def test_no_host_sync():
+    case = large_case(1000, 50000, 512, ignored=True, bias=True)
+    case.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.run_launchers()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_peak_memory():
+    n, v, h = 8192, 128256, 2048
+    case = large_case(n, v, h)
+    forward = linear_logprob_fwd.linear_logprob_fwd(*case.arguments())
+
+    def extra(function) -> int:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+
+    slack = 64 * 2**20  # row vectors, the gathered rows' indices, workspaces
+    tiles = -(-v // launch.choose_tile(case.hidden, heavy=False).block_v)
+    used = extra(lambda: linear_logprob_fwd.linear_logprob_fwd(*case.arguments()))
+    assert used <= n * (2 * h + 8 * tiles) + slack
+    used = extra(lambda: linear_logprob_fwd.linear_logprob_fwd_d_hidden(*case.arguments()))
+    rows = launch.SCRATCH_BYTES // (2 * v)
+    assert used <= launch.SCRATCH_BYTES + rows * (2 * h + 4 * h + 8 * tiles) + 2 * n * h + slack
+    needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": False}
+    used = extra(lambda: linear_logprob_bwd.linear_logprob_bwd(*case.arguments(), forward, case.d_logp, **needs))
+    assert used <= launch.SCRATCH_BYTES + (4 + 2) * n * h + 2 * v * h + slack
