@@ -17,16 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from powerflow_fast.kernels.types import LogitTransform
+
 SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a gradient needs at a time
 SCRATCH_ROWS = 8192  # rows per forward launch: bounds the gathered rows and the partial sums; 64 row tiles fill any GPU
-
-
-class LogitTransform(NamedTuple):
-    """``z = softcap(logit_scale * u) / temperature``, ``softcap(v) = cap * tanh(v / cap)``, for ``u = h @ W.T + b``."""
-
-    temperature: float = 1.0
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
 
 
 def logit_factors(transform: LogitTransform) -> tuple[float, float, float]:
@@ -35,21 +29,6 @@ def logit_factors(transform: LogitTransform) -> tuple[float, float, float]:
     temperature, scale, cap = transform
     slope = scale / temperature
     return (slope, 1.0, slope) if cap is None else (scale / cap, cap / temperature, slope)
-
-
-class ForwardOutput(NamedTuple):
-    """Per-token results, each (N,) float32, 0 in ignored rows; the last three only where statistics are asked for.
-
-    ``others_max`` and ``others_sum`` are max z and sum exp(z - max) over the columns other than the label's, from which
-    the backward pass forms the softmax anew: a rounded logsumexp would cost digits where logits are in the hundreds.
-    """
-
-    logp: Tensor
-    others_max: Tensor
-    others_sum: Tensor
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    mean_logit: Tensor | None = None
 
 
 class Tile(NamedTuple):

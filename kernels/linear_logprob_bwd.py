@@ -13,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from powerflow_fast.kernels.launch import (
-    ForwardOutput,
-    LogitTransform,
     add_matmul_fp32_,
     choose_tile,
     launcher,
@@ -26,6 +24,7 @@ from powerflow_fast.kernels.launch import (
     readable,
     tile_origin,
 )
+from powerflow_fast.kernels.types import ForwardOutput, LogitTransform
 
 
 @triton.jit(do_not_specialize=["N", "first"])

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from powerflow_fast.kernels.launch import (
     SCRATCH_ROWS,
-    ForwardOutput,
-    LogitTransform,
     choose_tile,
     launcher,
     log1p_unit,
@@ -32,10 +30,16 @@ from powerflow_fast.kernels.launch import (
     tile_origin,
     to_logit,
 )
+from powerflow_fast.kernels.types import ForwardOutput, LogitTransform
 
-# Largest sum of exp(z - z_y) that a row may have when its exponentials are stored in a dtype; beyond it the row is
-# written anew around its maximum. float16 ends at 65504. The others hold e^88, less room for the products to come.
-ANCHOR_LIMIT = {torch.float16: 2.0**14, torch.bfloat16: math.exp(60.0), torch.float32: math.exp(60.0)}
+# The range in which a row's sum of exp(z - z_y) must lie when its exponentials are stored in a dtype; outside of it the
+# row is written anew around its maximum. float16 ends at 65504 above and 6e-8 below, where a confident token's
+# exponentials would vanish. The others hold e^88, less room for the products to come, and e^-87.
+ANCHOR_RANGE = {
+    torch.float16: (1.0, 2.0**14),
+    torch.bfloat16: (0.0, math.exp(60.0)),
+    torch.float32: (0.0, math.exp(60.0)),
+}
 # A row that is written anew peaks at 2^14, not 1: float16 then flushes what is below 1e-11 of the peak, not below 1e-7.
 HEADROOM = 14 * math.log(2.0)
 
@@ -202,11 +206,11 @@ def _exp_tile_kernel(
 @triton.jit(do_not_specialize=["N", "plane"])
 def _reanchor_kernel(
     p_partial, m_anchor, m_active,
-    N, TILES, plane, limit, headroom,
+    N, TILES, plane, floor, limit, headroom,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Leaves active only the rows whose sum of e^(z - anchor) exceeds ``limit``, and moves their anchor to the row's
-    maximum less ``headroom``. Reads the partials once."""
+    """Leaves active only the rows whose sum of e^(z - anchor) is outside of ``floor .. limit``, and moves their anchor
+    to the row's maximum less ``headroom``. Reads the partials once."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     active = tl.load(m_active + n, mask=n < N, other=0) != 0
     top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
@@ -217,9 +221,10 @@ def _reanchor_kernel(
         at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
         top = tl.maximum(top, tl.max(tl.load(at, mask=mask, other=float("-inf")), axis=0))
         total += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
-    over = active & (total > limit)
-    tl.store(m_anchor + n, top - headroom, mask=over)
-    tl.store(m_active + n, over.to(tl.int32), mask=n < N)
+    # with one column there is no maximum to move to
+    outside = active & (top > float("-inf")) & ((total > limit) | (total < floor))
+    tl.store(m_anchor + n, top - headroom, mask=outside)
+    tl.store(m_active + n, outside.to(tl.int32), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["N", "plane"])
@@ -340,7 +345,8 @@ def linear_logprob_fwd(
 def linear_logprob_fwd_d_hidden(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """``logp`` (N,) float32 as `linear_logprob_fwd` gives it, and ``d logp[i] / d hidden[i]`` (N, H) in hidden's dtype.
+    """``logp`` (N,) float32 as `linear_logprob_fwd` gives it, and ``d logp[i] / d hidden[i]`` (N, H) in hidden's dtype,
+    or float32 for float16.
 
     For a head that takes no gradient. The backward pass is then a row scale, and both together cost 4NVH FLOP: the
     exponentials E of a chunk of rows are stored once, around each row's own z_y, and ``E @ W`` follows while they are
@@ -356,7 +362,9 @@ def linear_logprob_fwd_d_hidden(
     bias = None if bias is None else bias.contiguous()
     rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
     logp = hidden.new_empty(n, dtype=torch.float32)
-    d_hidden = hidden.new_empty(n, h)
+    # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
+    unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    d_hidden = hidden.new_empty(n, h, dtype=unit_dtype)
     if n == 0:
         return logp, d_hidden
     width = triton.cdiv(v, 16) * 16  # rows of E start at multiples of 16 bytes
@@ -364,7 +372,7 @@ def linear_logprob_fwd_d_hidden(
     tiles = triton.cdiv(v, tile.block_v)
     exps = hidden.new_empty(size, width)
     partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
-    plane, limit = partial.stride(0), ANCHOR_LIMIT[hidden.dtype]
+    plane, (floor, limit) = partial.stride(0), ANCHOR_RANGE[hidden.dtype]
     w = operand(weight, tile.block_v, tile)
     for part in rows.split(size):
         chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
@@ -374,7 +382,7 @@ def linear_logprob_fwd_d_hidden(
         for again in (False, True):
             if again:
                 _reanchor_kernel[(triton.cdiv(count, 64),)](
-                    partial, anchor, active, count, tiles, plane, limit, HEADROOM, BLOCK_N=64, BLOCK_T=32
+                    partial, anchor, active, count, tiles, plane, floor, limit, HEADROOM, BLOCK_N=64, BLOCK_T=32
                 )
             _exp_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
                 operand(chunk, tile.block_n, tile), w, bias, y, active, anchor, exps, partial,

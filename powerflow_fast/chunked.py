@@ -16,26 +16,13 @@ one, which is why a frozen head needs two matrix products in all: the backward p
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .dispatch import LogitTransform
+from .kernels.types import ForwardOutput, LogitTransform
 
 # Finite, so that the first rescale is exp(-huge) = 0 and never inf − inf.
 _EMPTY_MAX = -1e30
-
-
-class ForwardOutput(NamedTuple):
-    """Each (N,). ``others_max`` and ``others_sum`` are m and so: what backward needs to form the softmax again."""
-
-    logp: Tensor
-    others_max: Tensor
-    others_sum: Tensor
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    mean_logit: Tensor | None = None
 
 
 def _tile_shape(n: int, v: int, device: torch.device) -> tuple[int, int]:

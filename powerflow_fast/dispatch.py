@@ -10,23 +10,16 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .errors import BackendUnavailableError
+from .kernels.types import LogitTransform
 
 Backend = Literal["auto", "torch", "triton"]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class LogitTransform(NamedTuple):
-    """What happens to ``u = h Wᵀ + b`` before the softmax: ``z = softcap(logit_scale · u) / temperature``."""
-
-    temperature: float = 1.0
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
 
 
 @functools.cache

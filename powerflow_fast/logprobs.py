@@ -15,12 +15,12 @@ from torch import Tensor
 from . import chunked
 from .dispatch import (
     Backend,
-    LogitTransform,
     check_linear_inputs,
     require_tensor,
     resolve_backend,
     values_are_readable,
 )
+from .kernels.types import ForwardOutput, LogitTransform
 
 __all__ = ["LogprobStats", "linear_logprob_stats", "linear_logprobs", "sequence_logprobs"]
 
@@ -116,7 +116,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
             bias,
             ctx.transform,
             ctx.ignore_index,
-            chunked.ForwardOutput(*forward),
+            ForwardOutput(*forward),
             d_logp,
             need_d_hidden=ctx.needs_input_grad[0],
             need_d_weight=ctx.needs_input_grad[1],

@@ -38,7 +38,7 @@ def compile_all(arch: int) -> list[dict]:
     from triton.runtime.jit import JITFunction
 
     import powerflow_fast  # noqa: F401  (mounts the kernels)
-    from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd
+    from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd, types
 
     class Target:
         def get_current_target(self):
@@ -88,7 +88,7 @@ def compile_all(arch: int) -> list[dict]:
         hidden, weight = (torch.empty(rows, h, dtype=dtype, device="meta") for rows in (n, v))
         labels = torch.empty(n, dtype=torch.int64, device="meta")
         b = torch.empty(v, dtype=dtype, device="meta") if bias else None
-        arguments = hidden, weight, labels, b, launch.LogitTransform(1.0, 1.0, softcap), -100
+        arguments = hidden, weight, labels, b, types.LogitTransform(1.0, 1.0, softcap), -100
         forward = linear_logprob_fwd.linear_logprob_fwd(*arguments, stats=stats)
         if stats and not softcap:  # the other kernels don't know of statistics
             return
