@@ -335,7 +335,7 @@ def test_whole_demo_with_a_tiny_model(alpha, tiny_folder, tmp_path, monkeypatch,
     entropy = report["measures"]["token entropy, nats"]
     assert entropy["prompts"] == 12 and 0 < entropy["before"] < math.log(VOCAB)
     assert f"{entropy['before']:.3f}" in printed and f"{entropy['after']:.3f}" in printed
-    assert ("arithmetic answers right, share" in report["measures"]) == (alpha > 1)
+    assert (demo.RIGHT in report["measures"]) == (alpha > 1) and "arithmetic" not in report["others"]
     assert len(report["before"]["ids"]) == len(report["after"]["ids"]) == 12 * demo.HELD_OUT_SAMPLES
     assert report["before"]["base_logp"] == report["before"]["policy_logp"] != report["after"]["policy_logp"]
     assert set(report["seconds"]) == {"model", "before", "training", "after"}
