@@ -1,0 +1,255 @@
+"""How it is measured: the machine and the sources, time, peak memory, bits.
+
+CPU times are wall clock, GPU times lie between two CUDA events after a synchronisation. Peak memory is what a step
+needs on top of its inputs, results included: on a GPU the allocator's own peak, on a CPU the rise of the resident set's
+high-water mark in a process that runs that one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import gc
+import hashlib
+import importlib.metadata
+import os
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import powerflow_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+Outputs = tuple[Tensor, ...]
+
+# The files whose change makes a figure of ours out of date, by (op, backend). Those of others depend on a release.
+_SOURCES = {
+    ("linear_logprobs", "torch"): ("package/logprobs.py", "package/chunked.py"),
+    ("linear_logprobs", "triton"): (
+        "package/logprobs.py",
+        "kernels/launch.py",
+        "kernels/linear_logprob_fwd.py",
+        "kernels/linear_logprob_bwd.py",
+    ),
+    ("la_tb_loss", "compiled"): ("csrc/la_tb.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py"),
+    ("la_tb_loss", "torch"): ("package/objectives.py",),
+}
+
+
+def source_digest(op: str, backend: str, *, package: Path | None = None) -> str:
+    """Hash of the sources that a figure rests on: those of ``package``, by default of the one that is imported."""
+    package = package or Path(powerflow_fast.__file__).resolve().parent
+    kernels = package / "kernels" if (package / "kernels").is_dir() else package.parent / "kernels"
+    roots = {"package": package, "kernels": kernels, "csrc": ROOT / "csrc"}
+    digest = hashlib.sha256()
+    for name in _SOURCES[op, backend]:
+        folder, file = name.split("/")
+        digest.update((roots[folder] / file).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _say(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return found or platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a reader needs to judge a figure or to repeat it; part of every row."""
+    # the results that this very run writes don't count
+    changed = _say("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    env: dict[str, object] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _say("git", "rev-parse", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "device": _cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "driver": None,
+    }
+    if device.type == "cuda":
+        query = _say("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader")
+        env["driver"] = query.splitlines()[0] if query else None
+    return env
+
+
+class Clock:
+    """Times one call in milliseconds. ``cold`` overwrites the GPU's L2 cache before each; a CPU has no such switch."""
+
+    def __init__(self, device: torch.device, *, cold: bool = True):
+        self.device = device
+        self._flush: Tensor | None = None
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            if cold:
+                size = torch.cuda.get_device_properties(device).L2_cache_size
+                self._flush = torch.empty(4 * size, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], Outputs]) -> tuple[float, Outputs]:
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            outputs = call()
+            return (time.perf_counter() - start) * 1e3, outputs
+        if self._flush is not None:
+            self._flush.zero_()
+        torch.cuda.synchronize(self.device)
+        self._events[0].record()
+        outputs = call()
+        self._events[1].record()
+        torch.cuda.synchronize(self.device)
+        return self._events[0].elapsed_time(self._events[1]), outputs
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Linear interpolation between the sorted values."""
+    values = sorted(values)
+    place = q * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (place - low)
+
+
+class Timing:
+    """Times of one provider, or the error that stopped it."""
+
+    def __init__(self) -> None:
+        self.ms: list[float] = []
+        self.error: str | None = None
+
+    def summary(self) -> dict[str, float | int]:
+        named = {f"ms_p{p}": round(quantile(self.ms, p / 100), 4) for p in (20, 50, 80)}
+        return {**named, "reps": len(self.ms)}
+
+
+def describe(error: BaseException) -> str:
+    """One line without paths of this machine, for the row of a provider that cannot run."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else ""
+    words = [word if not word.strip("'\"(),").startswith("/") else "<path>" for word in line.split()]
+    return f"{type(error).__name__}: {' '.join(words)}"[:300].rstrip(": ")
+
+
+def interleave(
+    calls: dict[str, Callable[[], Outputs]],
+    clock: Clock,
+    *,
+    warmup: int,
+    min_reps: int,
+    max_reps: int,
+    budget_s: float,
+    slow_s: float,
+    on_output: Callable[[str, int, Outputs], None],
+) -> dict[str, Timing]:
+    """Time every call once per round, in a new random order each round, so that a machine that slows down slows all.
+
+    Rounds go on until the budget is used (``min_reps`` at least) or ``max_reps`` are done; the first ``warmup`` don't
+    count. A call that takes more than ``slow_s`` is left out after its first counted repetition. ``on_output`` gets the
+    results of the first two rounds, outside of the timed region. A call that raises leaves with its error.
+    """
+    timings = {name: Timing() for name in calls}
+    order, shuffle = list(calls), random.Random(0)
+    begin = time.perf_counter()
+    for turn in range(warmup + max_reps):
+        round_begin = time.perf_counter()
+        shuffle.shuffle(order)
+        for name in list(order):
+            timing = timings[name]
+            try:
+                ms, outputs = clock(calls[name])
+                if turn < 2:
+                    on_output(name, turn, outputs)
+            except Exception as error:
+                timing.error = describe(error)
+                order.remove(name)
+                continue
+            finally:
+                outputs = None
+            if turn >= warmup:
+                timing.ms.append(ms)
+                if ms > slow_s * 1e3:
+                    order.remove(name)
+        now = time.perf_counter()
+        if turn + 1 >= warmup + min_reps and now - begin + (now - round_begin) > budget_s:
+            break
+    return timings
+
+
+def fingerprint(outputs: Outputs) -> tuple[int, ...]:
+    """A number per tensor: the integers behind its values, each weighted by an odd number of its own, mod 2^64.
+
+    A change of one element always shows, several would have to cancel.
+    """
+    result = []
+    for tensor in outputs:
+        ints = {4: torch.int32, 2: torch.int16, 8: torch.int64}[tensor.element_size()]
+        flat = tensor.detach().contiguous().view(-1).view(ints)
+        total = 0
+        for start in range(0, flat.numel(), 1 << 24):
+            piece = flat[start : start + (1 << 24)].long()
+            weights = torch.arange(start, start + piece.numel(), device=piece.device) * 2 + 1
+            total += int((piece * weights).sum())
+        result.append(total % (1 << 64))
+    return tuple(result)
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def rss_peak_mib(call: Callable[[], object]) -> float:
+    """MiB by which the resident set's peak during ``call`` exceeds its size before. OSError where Linux isn't."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)  # else blocks that the heap kept could serve the call unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the present size
+    before = _status_kib("VmRSS")
+    result = call()
+    peak = _status_kib("VmHWM")
+    del result
+    return max(0, peak - before) / 1024
+
+
+def cuda_peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """MiB by which the caching allocator's peak during ``call`` exceeds what was allocated before."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    del result
+    return (peak - before) / 2**20

@@ -1,0 +1,345 @@
+"""Who is measured. Each provider of the head is a function ``(hidden, weight, labels) -> (N,) fp32 log-probs``.
+
+Peers come from their installed packages, at the settings they ship with; nothing of theirs is copied here. A provider
+that cannot run where it is asked to is listed with its error, never left out. Rows with label -100 must give 0.
+
+``passes`` counts the [N, V, H] products (2·N·V·H FLOP each) that a provider executes without a gradient, with a frozen
+and with a trainable head, as its source has it; the tests count those of the providers that run on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from measure import Outputs
+from torch import Tensor
+from workloads import DTYPES, IGNORE, HeadCase, HeadInputs, LaTbCase, LaTbInputs
+
+from powerflow_fast import la_tb_loss, linear_logprobs
+from powerflow_fast._extension import extension_status
+from powerflow_fast.dispatch import resolve_backend
+
+Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def package(name: str) -> types.ModuleType:
+    """A package whose submodules can be imported without running its ``__init__``, which may need what isn't here."""
+    if name in sys.modules:
+        return sys.modules[name]
+    parent, _, leaf = name.rpartition(".")
+    if parent:
+        path = [f"{folder}/{leaf}" for folder in package(parent).__path__]
+    else:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        path = list(spec.submodule_search_locations)
+    module = types.ModuleType(name)
+    module.__path__ = path
+    sys.modules[name] = module
+    return module
+
+
+def require_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise RuntimeError(f"its kernels need a CUDA device, this is {device.type}")
+
+
+def masked(compute: Logprobs) -> Logprobs:
+    """For peers without an ignore_index: compute every row, then zero the ignored ones, as their callers do."""
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return compute(hidden, weight, labels.clamp(min=0)).where(labels != IGNORE, 0.0)
+
+    return logprobs
+
+
+def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Logits, float32, log_softmax, gather: what a model's ``logits`` and three lines of PyTorch give."""
+    return F.linear(hidden, weight).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def load_naive(device: torch.device) -> Logprobs:
+    return masked(naive)
+
+
+def load_naive_compiled(device: torch.device) -> Logprobs:
+    torch.compiler.reset()  # past eight shapes of one function it would run uncompiled, without a word
+    return torch.compile(masked(naive), dynamic=False)
+
+
+def load_torch_lce(device: torch.device, *, chunk: Literal["none", "auto"] | int) -> Logprobs:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise RuntimeError(f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 or newer has)")
+    options = None
+    if chunk == "auto":  # sizes the chunk by N·H/V, a few rows for a language model's head
+        options = torch.nn.LinearCrossEntropyOptions()
+    elif chunk != "none":
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        loss = F.linear_cross_entropy(hidden, weight, labels, reduction="none", ignore_index=IGNORE, options=options)
+        return -loss.float()
+
+    return logprobs
+
+
+def load_liger_ce(device: torch.device) -> Logprobs:
+    require_cuda(device)
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        out = LigerFusedLinearCrossEntropyFunction.apply(
+            hidden, weight, labels, None, None, IGNORE, 0.0, 0.0, "none", None, False
+        )
+        return -out[0].float()
+
+    return logprobs
+
+
+def load_liger_scaled_ce(device: torch.device) -> Logprobs:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    return lambda hidden, weight, labels: -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels)
+
+
+def load_liger_grpo(device: torch.device) -> Logprobs:
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    @masked
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return LigerFusedLinearPPOBase.chunk_forward(hidden[None], weight, labels[None])[0]
+
+    return logprobs
+
+
+def load_cce(device: torch.device, *, exact: bool) -> Logprobs:
+    require_cuda(device)
+    from cut_cross_entropy import linear_cross_entropy
+
+    options = {"filter_eps": None} if exact else {}  # the default leaves out gradients below a 32nd of the dtype's eps
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -linear_cross_entropy(hidden, weight, labels, reduction="none", **options).float()
+
+    return logprobs
+
+
+def load_trl(device: torch.device) -> Logprobs:
+    package("trl.kernels")
+    # The backward pass imports this from the trainers' module, which needs all of TRL's dependencies. Without DeepSpeed
+    # it gathers nothing.
+    if "trl.trainer.utils" not in sys.modules:
+        package("trl.trainer")
+        utils = types.ModuleType("trl.trainer.utils")
+        utils.maybe_gather_lm_head_ctx = lambda *parameters: contextlib.nullcontext()
+        sys.modules["trl.trainer.utils"] = utils
+    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        # 32768 columns are what its trainers ask for; they drop ignored rows first on a GPU.
+        keep = labels != IGNORE
+        if hidden.is_cuda and bool((~keep).any()):
+            logp = function.apply(hidden[keep], weight, None, labels[keep], 1.0, 32768, None, 1.0, ())[0]
+            return logp.new_zeros(labels.shape).masked_scatter(keep, logp)
+        logp = function.apply(hidden, weight, None, labels.clamp(min=0), 1.0, 32768, None, 1.0, ())[0]
+        return logp.where(keep, 0.0)
+
+    return logprobs
+
+
+def load_verl(device: torch.device) -> Logprobs:
+    package("verl.utils.kernel")
+    require_cuda(device)
+    if "verl.utils.device" not in sys.modules:  # the real one needs verl's platform plugins
+        stub = types.ModuleType("verl.utils.device")
+        stub.is_cuda_available = torch.cuda.is_available()
+        stub.get_device_name = lambda: "cuda"
+        stub.get_device_capability = torch.cuda.get_device_capability
+        stub.get_torch_device = lambda: torch.cuda
+        sys.modules["verl.utils.device"] = stub
+    function = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    return masked(lambda hidden, weight, labels: function(hidden, weight, labels, 1.0, "none")[0])
+
+
+def load_unsloth(device: torch.device) -> Logprobs:
+    package("unsloth_zoo.fused_losses")
+    function = importlib.import_module("unsloth_zoo.fused_losses.fused_linear").fused_linear_logprobs
+    return lambda hidden, weight, labels: function(hidden, weight, labels, mask=labels != IGNORE)
+
+
+def load_ours(device: torch.device, *, backend: str) -> Logprobs:
+    resolve_backend(backend, device, torch.float32)
+    return lambda hidden, weight, labels: linear_logprobs(hidden, weight, labels, backend=backend)
+
+
+def _bind(load: Callable[..., Logprobs], **options: object) -> Callable[[torch.device], Logprobs]:
+    return lambda device: load(device, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """One way to compute a case. ``distribution`` is the package whose release the figures belong to."""
+
+    name: str
+    distribution: str
+    load: Callable[[torch.device], Callable[..., object]]
+    passes: tuple[int, int, int] | None = None
+    backend: str | None = None
+    warm_whole: bool = False  # warming up on a few rows would compile for the wrong shape
+
+    @property
+    def kind(self) -> str:
+        if self.name.startswith("powerflow_fast"):
+            return "ours"
+        if self.name.startswith("gemm"):
+            return "floor"
+        return "baseline" if self.name.startswith(("naive", "eager")) else "peer"
+
+
+HEAD_PROVIDERS = [
+    Provider("powerflow_fast", "powerflow_fast", _bind(load_ours, backend="auto"), (1, 2, 4), "auto"),
+    Provider("powerflow_fast torch", "powerflow_fast", _bind(load_ours, backend="torch"), (1, 2, 4), "torch"),
+    Provider("powerflow_fast triton", "powerflow_fast", _bind(load_ours, backend="triton"), (1, 2, 4), "triton"),
+    Provider("naive", "torch", load_naive, (1, 2, 3)),
+    Provider("naive compiled", "torch", load_naive_compiled, (1, 2, 3), warm_whole=True),
+    Provider("F.linear_cross_entropy", "torch", _bind(load_torch_lce, chunk="none"), (1, 2, 3)),
+    Provider("F.linear_cross_entropy auto chunks", "torch", _bind(load_torch_lce, chunk="auto"), (1, 3, 4)),
+    Provider("F.linear_cross_entropy 512 rows", "torch", _bind(load_torch_lce, chunk=512), (1, 3, 4)),
+    Provider("liger fused linear CE", "liger-kernel", load_liger_ce, (1, 3, 4)),
+    Provider("liger scaled CE", "liger-kernel", load_liger_scaled_ce, (1, 4, 4)),
+    Provider("liger chunked GRPO", "liger-kernel", load_liger_grpo, (1, 3, 4)),
+    Provider("cut-cross-entropy", "cut-cross-entropy", _bind(load_cce, exact=False)),
+    Provider("cut-cross-entropy exact", "cut-cross-entropy", _bind(load_cce, exact=True), (1, 3, 4)),
+    Provider("trl chunked", "trl", load_trl, (1, 3, 4)),
+    Provider("verl triton", "verl", load_verl, (1, 4, 4)),
+    Provider("unsloth fused", "unsloth-zoo", load_unsloth, (1, 2, 4)),
+    Provider("gemm", "torch", load_naive, (1, 2, 3)),  # see gemm_step
+    Provider("gemm fp32", "torch", load_naive, (1, 2, 3)),
+]
+
+
+def gemm_step(inputs: HeadInputs, mode: str, dtype: torch.dtype) -> Callable[[], Outputs]:
+    """The floor: nothing but the products that the mode needs, whole, into memory that is already there."""
+    hidden, weight = inputs.hidden.to(dtype), inputs.weight.to(dtype)
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    d_hidden = torch.empty_like(hidden) if mode != "no_grad" else None
+    d_weight = torch.empty_like(weight) if mode == "full" else None
+
+    def step() -> Outputs:
+        torch.mm(hidden, weight.t(), out=logits)
+        if d_hidden is not None:
+            torch.mm(logits, weight, out=d_hidden)
+        if d_weight is not None:
+            torch.mm(logits.t(), hidden, out=d_weight)
+        return ()
+
+    return step
+
+
+def head_step(provider: Provider, case: HeadCase, inputs: HeadInputs) -> Callable[[], Outputs]:
+    """(logp,), (logp, d_hidden) or (logp, d_hidden, d_weight) by mode."""
+    if provider.kind == "floor":
+        dtype = torch.float32 if provider.name.endswith("fp32") else DTYPES[case.dtype]
+        return gemm_step(inputs, case.mode, dtype)
+    logprobs = provider.load(inputs.hidden.device)
+    trained = {"no_grad": 0, "frozen": 1, "full": 2}[case.mode]
+    leaves = [t.detach().requires_grad_(i < trained) for i, t in enumerate((inputs.hidden, inputs.weight))]
+
+    def step() -> Outputs:
+        with torch.set_grad_enabled(bool(trained)):
+            logp = logprobs(*leaves, inputs.labels)
+        if not trained:
+            return (logp,)
+        return logp.detach(), *torch.autograd.grad(logp, leaves[:trained], inputs.upstream)
+
+    return step
+
+
+def la_tb_eager(x: LaTbInputs, logps: Tensor, log_z: Tensor) -> Tensor:
+    """The loss in vectorised PyTorch on packed tokens, fp32 throughout."""
+    length = x.cu_seqlens.diff()
+    logp = torch.segment_reduce(logps, "sum", offsets=x.cu_seqlens.long(), unsafe=True)
+    delta = log_z + logp / length - x.alpha * (x.base_logps / length + x.psi)
+    weight = 1.0 if x.old_logps is None else (logp.detach() - x.old_logps).exp().clamp(*x.clip)
+    return (weight * delta.square()).mean()
+
+
+def la_tb_padded(x: LaTbInputs, logps: Tensor, log_z: Tensor, mask: Tensor) -> Tensor:
+    """The same on log-probs that are already padded to (B, T), the layout of most trainers."""
+    length = mask.sum(1)
+    logp = (logps * mask).sum(1)
+    delta = log_z + logp / length - x.alpha * (x.base_logps / length + x.psi)
+    weight = 1.0 if x.old_logps is None else (logp.detach() - x.old_logps).exp().clamp(*x.clip)
+    return (weight * delta.square()).mean()
+
+
+def la_tb_ours(x: LaTbInputs, logps: Tensor, log_z: Tensor) -> Tensor:
+    status = extension_status()
+    if not status.available or (logps.is_cuda and not status.cuda):
+        raise RuntimeError(f"the compiled op is missing here: {status.reason}")
+    options = {"alpha": x.alpha, "psi": x.psi, "old_logps": x.old_logps, "clip": x.clip}
+    return la_tb_loss(logps, x.base_logps, log_z, x.cu_seqlens, **options).loss
+
+
+def load_la_tb_compiled(device: torch.device) -> Callable[..., Tensor]:
+    torch.compiler.reset()
+    return torch.compile(la_tb_eager, dynamic=False)
+
+
+LA_TB_PROVIDERS = [
+    Provider("powerflow_fast", "powerflow_fast", lambda device: la_tb_ours, backend="compiled"),
+    Provider("eager packed", "torch", lambda device: la_tb_eager),
+    Provider("eager padded", "torch", lambda device: la_tb_padded),
+    Provider("eager packed compiled", "torch", load_la_tb_compiled, warm_whole=True),
+]
+
+
+def la_tb_step(provider: Provider, case: LaTbCase, inputs: LaTbInputs) -> Callable[[], Outputs]:
+    """(loss, d_logps (N,), d_log_z (B,)); the padded form's gradient is packed again outside of the timed region."""
+    loss_of = provider.load(inputs.logps.device)
+    logps, log_z = inputs.logps.detach(), inputs.log_z.detach().requires_grad_()
+    arguments: tuple[Tensor, ...] = ()
+    if provider.name == "eager padded":
+        parts = logps.split(inputs.cu_seqlens.diff().tolist())
+        logps = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+        width = torch.arange(logps.shape[1], device=logps.device)
+        arguments = (width[None] < inputs.cu_seqlens.diff()[:, None],)
+    logps.requires_grad_()
+
+    def step() -> Outputs:
+        loss = loss_of(inputs, logps, log_z, *arguments)
+        return loss.detach(), *torch.autograd.grad(loss, [logps, log_z])
+
+    return step
+
+
+def la_tb_packed(outputs: Outputs, inputs: LaTbInputs) -> Outputs:
+    """The same outputs with the gradient of the log-probs in packed order, (N,)."""
+    loss, d_logps, d_log_z = outputs
+    if d_logps.dim() == 2:
+        lengths = inputs.cu_seqlens.diff().tolist()
+        d_logps = torch.cat([row[:length] for row, length in zip(d_logps, lengths, strict=True)])
+    return loss, d_logps, d_log_z
+
+
+def default_providers(op: str, device: torch.device, dtype: str) -> list[Provider]:
+    """All of them, without those that would be measured twice: ``auto`` is ``torch`` on a CPU, ``triton`` on a GPU.
+
+    A CPU multiplies fp32 several times faster than an emulated half-precision type, so the floor there is the faster of
+    the two products.
+    """
+    if op == "la_tb_loss":
+        return LA_TB_PROVIDERS
+    twice = "powerflow_fast torch" if device.type == "cpu" else "powerflow_fast triton"
+    half_on_cpu = device.type == "cpu" and dtype != "fp32"
+    return [p for p in HEAD_PROVIDERS if p.name != twice and (p.name != "gemm fp32" or half_on_cpu)]

@@ -1,0 +1,333 @@
+"""Runs the benchmark suites: ``python benchmarks/run.py [suite ...]``; one JSONL row per measurement.
+
+Without arguments: on a CPU the suites cpu and la-tb, on a GPU gpu and la-tb. The tests of what is measured run first,
+and nothing is measured when they fail. ``benchmarks/README.md`` says what the columns mean; ``render.py`` makes the
+tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+if importlib.util.find_spec("powerflow_fast") is None:
+    sys.path.insert(1, str(ROOT))  # a checkout needs no installation; an installed package comes first
+
+import measure  # noqa: E402
+import peers  # noqa: E402
+import torch  # noqa: E402
+import workloads  # noqa: E402
+from workloads import HeadCase, LaTbCase  # noqa: E402
+
+from powerflow_fast.dispatch import resolve_backend  # noqa: E402
+
+Case = HeadCase | LaTbCase
+
+# Our own result is wrong, not just slow, beyond these. A half-precision gradient is rounded once on its way out.
+OUR_LIMITS = {"logp_max_err": 1e-3, "d_hidden_rel_err": 1e-2, "d_weight_rel_err": 1e-2}
+OUR_LA_TB_LIMIT = 1e-5
+
+# pytest arguments of a quick subset, by op and device; Triton's kernels are tested on a GPU
+TESTS = {
+    ("linear_logprobs", "cpu"): ["tests/test_logprobs.py", "-k", "torch and (value_and_gradients or bits or extreme)"],
+    ("linear_logprobs", "cuda"): ["tests/gpu"],
+    ("la_tb_loss", "cpu"): ["tests/test_objectives.py", "-k", "oracle or clipped or long_sums"],
+    ("la_tb_loss", "cuda"): ["tests/gpu"],
+}
+
+
+def run_tests(ops: set[str], device: torch.device) -> bool:
+    """The ops' own tests in a process of their own: on a CPU they use Triton's interpreter, which must be off here."""
+    for selection in {tuple(TESTS[op, device.type]) for op in ops}:
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", *selection]
+        # not `python -m pytest`: that puts kernels/ in front of a package of the same name
+        code = f"import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main({arguments!r}))"
+        print("tests:", *selection, flush=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+            return False
+        print(done.stdout.strip().splitlines()[-1], flush=True)
+    return True
+
+
+def inputs_of(case: Case, device: torch.device):
+    return (workloads.head_inputs if case.op == HeadCase.op else workloads.la_tb_inputs)(case, device)
+
+
+def step_of(provider: peers.Provider, case: Case, inputs):
+    return (peers.head_step if case.op == HeadCase.op else peers.la_tb_step)(provider, case, inputs)
+
+
+def warm_up(provider: peers.Provider, case: Case, inputs, device: torch.device) -> None:
+    """Loads code and starts threads; on a CPU a few rows are enough, a GPU gets whole rounds besides."""
+    few = inputs if provider.warm_whole else inputs.first(8)
+    if device.type == "cpu":
+        step_of(provider, case, few)()
+
+
+def probe_memory(case: Case, names: list[str]) -> None:
+    """Runs in a process of its own: prints MiB that one step takes on top of its inputs, for each provider.
+
+    Every provider gets a fresh process too, forked once the inputs are there. Until then there is one thread, since a
+    fork copies no others.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    inputs = inputs_of(case, device)
+    for name in names:
+        sys.stdout.flush()
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            continue
+        try:
+            torch.set_num_threads(threads)
+            provider = provider_named(case.op, name)
+            warm_up(provider, case, inputs, device)
+            result: dict = {"peak_extra_mib": round(measure.rss_peak_mib(step_of(provider, case, inputs)), 2)}
+        except Exception as error:
+            result = {"peak_extra_mib": None, "peak_error": measure.describe(error)}
+        print(json.dumps({"provider": name, **result}), flush=True)
+        os._exit(0)
+
+
+def cpu_peak_memory(case: Case, names: list[str], options: argparse.Namespace) -> dict[str, dict]:
+    """Fields of each provider's row."""
+    job = json.dumps({"case": [case.op, dataclasses.asdict(case)], "providers": names})
+    command = [sys.executable, str(HERE / "run.py"), "--probe", job]
+    command += ["--peers", str(options.peers)] if options.peers else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = {}
+    for line in done.stdout.splitlines():
+        if line.startswith('{"provider"'):
+            row = json.loads(line)
+            found[row.pop("provider")] = row
+    reason = (done.stderr.strip().splitlines() or ["the process ended without a result"])[-1][:200]
+    missing = {"peak_extra_mib": None, "peak_error": reason}
+    return {name: found.get(name, missing) | {"peak_method": "VmHWM of one process"} for name in names}
+
+
+def provider_named(op: str, name: str) -> peers.Provider:
+    known = peers.HEAD_PROVIDERS if op == HeadCase.op else peers.LA_TB_PROVIDERS
+    return next(p for p in known if p.name == name)
+
+
+def backend_of(provider: peers.Provider, case: Case, device: torch.device) -> str | None:
+    if provider.backend in (None, "compiled"):
+        return provider.backend
+    return resolve_backend(provider.backend, device, workloads.DTYPES[case.dtype])
+
+
+def identity(provider: peers.Provider, case: Case, device: torch.device) -> dict:
+    """Who and what: everything in a row that is known before it is measured."""
+    row = {"op": case.op, "provider": provider.name, "kind": provider.kind, "mode": case.mode}
+    row |= {**dataclasses.asdict(case), "dtype": case.dtype, "device_type": device.type}
+    row["l2"] = case.l2 if device.type == "cuda" else None
+    try:
+        row["release"] = importlib.metadata.version(provider.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        row["release"] = None
+    row["useful_flop"] = case.useful_flop()
+    row["executed_flop"] = None
+    if provider.passes and case.mask_ratio == 0:
+        row["executed_flop"] = 2 * case.n * case.v * case.h * provider.passes[workloads.MODES.index(case.mode)]
+    return row
+
+
+def outside_limits(row: dict) -> list[str]:
+    if row["kind"] != "ours":
+        return []
+    limits = OUR_LIMITS
+    if row["op"] == LaTbCase.op:
+        limits = dict.fromkeys(("loss_rel_err", "d_logps_rel_err", "d_log_z_rel_err"), OUR_LA_TB_LIMIT)
+    wrong = [f"{key}={row[key]:.1e}" for key, limit in limits.items() if key in row and not row[key] <= limit]
+    return [*wrong, "bits differ from run to run"] if row.get("repeatable") is False else wrong
+
+
+def measure_case(case: Case, options: argparse.Namespace, device: torch.device) -> list[dict]:
+    """One row per provider."""
+    inputs = inputs_of(case, device)
+    exact = (workloads.head_reference if case.op == HeadCase.op else workloads.la_tb_reference)(inputs)
+    providers = peers.default_providers(case.op, device, case.dtype)
+    if options.providers:
+        providers = [p for p in providers if p.name in options.providers]
+    rows: dict[str, dict] = {p.name: identity(p, case, device) for p in providers}
+    calls = {}
+    for provider in providers:
+        row = rows[provider.name]
+        try:
+            warm_up(provider, case, inputs, device)
+            calls[provider.name] = step_of(provider, case, inputs)
+            row["backend"] = backend_of(provider, case, device)
+            if row["backend"]:
+                row["sources"] = measure.source_digest(case.op, row["backend"])
+        except Exception as error:
+            row |= {"status": "error", "error": measure.describe(error)}
+    bits: dict[str, tuple] = {}
+
+    def on_output(name: str, turn: int, outputs: tuple) -> None:
+        row = rows[name]
+        if not outputs:
+            return
+        if turn:
+            row["repeatable"] = measure.fingerprint(outputs) == bits.pop(name)
+            return
+        bits[name] = measure.fingerprint(outputs)
+        if case.op == HeadCase.op:
+            row |= workloads.head_errors(outputs, exact)
+        else:
+            row |= workloads.la_tb_errors(peers.la_tb_packed(outputs, inputs), exact)
+
+    timings = measure.interleave(
+        calls,
+        measure.Clock(device, cold=case.l2 == "cold"),
+        warmup=3 if device.type == "cuda" or case.op == LaTbCase.op else 0,
+        min_reps=options.min_reps,
+        max_reps=options.max_reps,
+        budget_s=options.budget,
+        slow_s=options.slow,
+        on_output=on_output,
+    )
+    for name, timing in timings.items():
+        row = rows[name]
+        if timing.error:
+            row |= {"status": "error", "error": timing.error}
+            continue
+        row |= {"status": "ok", **timing.summary()}
+        if wrong := outside_limits(row):
+            row |= {"status": "wrong", "error": "; ".join(wrong)}
+    measured = []
+    for name, row in rows.items():
+        if row["status"] == "error" or row["kind"] == "floor":
+            continue
+        if device.type == "cpu" and row["ms_p50"] > options.slow * 1e3:
+            row |= {"peak_extra_mib": None, "peak_error": "a step this slow is run once, for its time"}
+        else:
+            measured.append(name)
+    if device.type == "cuda":
+        for name in measured:
+            peak = round(measure.cuda_peak_mib(calls[name], device), 2)
+            rows[name] |= {"peak_extra_mib": peak, "peak_method": "allocator of torch.cuda"}
+    elif measured:
+        for name, fields in cpu_peak_memory(case, measured, options).items():
+            rows[name] |= fields
+    return list(rows.values())
+
+
+def describe_case(case: Case) -> str:
+    if case.op == LaTbCase.op:
+        return f"la_tb n={case.n} b={case.b} {'off' if case.off_policy else 'on'}-policy"
+    extra = f" masked {case.mask_ratio:.0%}" if case.mask_ratio else ""
+    return f"{case.mode} n={case.n} v={case.v} h={case.h} {case.dtype}{extra}"
+
+
+def show(rows: list[dict]) -> None:
+    for row in sorted(rows, key=lambda row: row.get("ms_p50", float("inf"))):
+        if row["status"] == "ok":
+            memory = row.get("peak_extra_mib")
+            error = row.get("sum_err", row.get("loss_rel_err"))
+            parts = [f"{row['ms_p50']:>10.2f} ms x{row['reps']}", "" if memory is None else f"{memory:>9.1f} MiB"]
+            parts += ["" if error is None else f"err {error:.1e}", "" if row.get("repeatable", True) else "bits vary"]
+            print(f"  {row['provider']:<32}", *parts)
+        else:
+            print(f"  {row['provider']:<32} {row['status']}: {row['error'][:110]}")
+    sys.stdout.flush()
+
+
+def run_suite(name: str, options: argparse.Namespace, device: torch.device, tests: str) -> bool:
+    """Writes ``<out>/<suite>.jsonl``; False if a result of ours was wrong."""
+    cases = workloads.SUITES[name][: options.limit]
+    if options.rehearse:
+        cases = [case.tiny() for case in cases]
+    environment = {"suite": name, **measure.environment(device), "tests": tests, "rehearsal": options.rehearse}
+    if options.commit:
+        environment["commit"] = options.commit
+    right = True
+    deadline = time.monotonic() + options.time_limit
+    with open(options.out / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        for case in cases:
+            if time.monotonic() > deadline:
+                print(f"{name}: time limit reached before {describe_case(case)}", flush=True)
+                reason = {"status": "skipped", "error": "time limit of the suite reached before this case"}
+                providers = peers.default_providers(case.op, device, case.dtype)
+                rows = [identity(p, case, device) | reason for p in providers]
+            else:
+                print(f"{name}: {describe_case(case)}", flush=True)
+                rows = measure_case(case, options, device)
+                show(rows)
+            for row in rows:
+                right &= row["status"] != "wrong"
+                file.write(json.dumps({**row, **environment}) + "\n")
+            file.flush()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return right
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(workloads.SUITES)}")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSONL files")
+    parser.add_argument("--peers", type=Path, help="folder with peers installed by pip install --no-deps --target")
+    parser.add_argument("--providers", nargs="+", help="only these")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, help="seconds for the rounds of a case (default: 40 on a CPU, 15)")
+    parser.add_argument("--min-reps", type=int, default=3, help="repetitions whatever the budget (default 3)")
+    parser.add_argument("--max-reps", type=int, default=50)
+    parser.add_argument("--slow", type=float, default=20.0, help="a step of more seconds is timed once (default 20)")
+    parser.add_argument(
+        "--time-limit", type=float, default=float("inf"), help="start no case of a suite after so many seconds"
+    )
+    parser.add_argument("--commit", help="of a copy that has no .git")
+    parser.add_argument("--skip-tests", action="store_true", help="for development; every row says so")
+    parser.add_argument("--limit", type=int, help="only the first so many cases of each suite")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes: tries the machinery, measures nothing")
+    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.suites if name not in workloads.SUITES]
+    if unknown:
+        parser.error(f"no such suite: {', '.join(unknown)} (of {', '.join(workloads.SUITES)})")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if options.peers:
+        sys.path.append(str(options.peers.resolve()))  # last: it must not replace what is installed
+    if options.probe:
+        job = json.loads(options.probe)
+        op, fields = job["case"]
+        probe_memory((HeadCase if op == HeadCase.op else LaTbCase)(**fields), job["providers"])
+        return 0
+    device = torch.device(options.device)
+    if options.budget is None:
+        options.budget = 40.0 if device.type == "cpu" else 15.0
+    suites = options.suites or ["cpu" if device.type == "cpu" else "gpu", "la-tb"]
+    tests = "skipped"
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.skip_tests:
+        if not run_tests({workloads.SUITES[name][0].op for name in suites}, device):
+            print("run.py: the tests fail; nothing was measured", file=sys.stderr)
+            return 2
+        tests = "passed"
+    right = True
+    for name in suites:
+        right &= run_suite(name, options, device, tests)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

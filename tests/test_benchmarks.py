@@ -1,0 +1,322 @@
+"""The benchmark suite: its providers compute the same thing, its rows say what happened, its documents match them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+if not (BENCHMARKS / "run.py").is_file():
+    pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
+sys.path.append(str(BENCHMARKS))
+
+import measure  # noqa: E402
+import peers  # noqa: E402
+import render  # noqa: E402
+import run  # noqa: E402
+import workloads  # noqa: E402
+
+CPU = torch.device("cpu")
+RESULTS = BENCHMARKS / "results"
+# Triton's kernels have their own tests, and torch.compile would take most of the time
+HEAD = [p for p in peers.HEAD_PROVIDERS if p.name not in ("powerflow_fast triton", "naive compiled")]
+
+
+@pytest.mark.parametrize("provider", HEAD, ids=lambda p: p.name)
+@pytest.mark.parametrize("mode", workloads.MODES)
+def test_providers_keep_the_contract(provider, mode):
+    """fp32 log-probs, a gradient per token and masked rows, against fp64; who can't run here has to say why."""
+    case = workloads.HeadCase(33, 501, 128, "fp32", mode, mask_ratio=0.3)
+    inputs = workloads.head_inputs(case, CPU)
+    try:
+        outputs = peers.head_step(provider, case, inputs)()
+    except (ImportError, RuntimeError) as error:
+        assert measure.describe(error) and provider.distribution not in ("torch", "powerflow_fast")
+        pytest.skip(measure.describe(error))
+    if provider.kind == "floor":
+        assert outputs == ()
+        return
+    assert len(outputs) == 1 + workloads.MODES.index(mode)
+    errors = workloads.head_errors(outputs, workloads.head_reference(inputs))
+    assert errors["logp_max_err"] < 2e-5
+    assert all(value < 1e-5 for name, value in errors.items() if name.endswith("rel_err"))
+    assert not outputs[0][inputs.labels == workloads.IGNORE].any()
+    if mode != "no_grad":
+        assert not outputs[1][inputs.labels == workloads.IGNORE].any()
+
+
+def test_the_reference_is_the_oracle():
+    """The slab-wise fp64 reference of the suite against autograd through the materialised oracle."""
+    from powerflow_fast.kernels.reference import linear_logprobs_ref
+
+    inputs = workloads.head_inputs(workloads.HeadCase(64, 9000, 256, "bf16", "full", mask_ratio=0.25), CPU)
+    exact = workloads.head_reference(inputs)
+    hidden, weight = (t.double().requires_grad_() for t in (inputs.hidden, inputs.weight))
+    logp = linear_logprobs_ref(hidden, weight, inputs.labels)
+    d_hidden, d_weight = torch.autograd.grad(logp, [hidden, weight], inputs.upstream.double())
+    torch.testing.assert_close(exact.logp, logp.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(exact.d_hidden, d_hidden[exact.rows], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(exact.d_weight, d_weight[exact.columns], rtol=1e-9, atol=1e-12)
+    assert logp.min() < -6 and logp[logp != 0].max() > -1e-2  # unlikely and confident tokens
+
+
+@pytest.mark.parametrize("provider", peers.HEAD_PROVIDERS[:1] + HEAD, ids=lambda p: p.name)
+def test_passes_count_what_runs(provider):
+    """The executed FLOP of a row, against the products that PyTorch's profiler sees."""
+    if provider.passes is None:
+        pytest.skip("gradient filtering: its FLOP depend on the data")
+    for mode, passes in zip(workloads.MODES, provider.passes, strict=True):
+        case = workloads.HeadCase(24, 601, 128, "fp32", mode)
+        try:
+            step = peers.head_step(provider, case, workloads.head_inputs(case, CPU))
+            step()
+        except (ImportError, RuntimeError) as error:
+            pytest.skip(measure.describe(error))
+        with torch.profiler.profile(record_shapes=True) as profile:
+            step()
+        flop = 0
+        for event in profile.events():
+            name = event.name.removeprefix("aten::").rstrip("_")
+            if name in ("mm", "addmm") and event.name.startswith("aten::"):
+                a, b = event.input_shapes[:2] if name == "mm" else event.input_shapes[1:3]
+                flop += 2 * a[0] * a[1] * b[1]
+        assert flop == pytest.approx(passes * 2 * case.n * case.v * case.h, rel=0.02), mode
+
+
+@pytest.mark.parametrize("provider", peers.LA_TB_PROVIDERS[:3], ids=lambda p: p.name)
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_la_tb_providers_agree(provider, off_policy):
+    case = workloads.LaTbCase(300, 7, off_policy)
+    inputs = workloads.la_tb_inputs(case, CPU)
+    outputs = peers.la_tb_packed(peers.la_tb_step(provider, case, inputs)(), inputs)
+    errors = workloads.la_tb_errors(outputs, workloads.la_tb_reference(inputs))
+    assert max(errors.values()) < 1e-4, errors
+
+
+def test_interleave_is_fair_and_loses_nobody():
+    calls: list[str] = []
+    seen = []
+
+    def quick():
+        calls.append("quick")
+        return (torch.zeros(1),)
+
+    def broken():
+        calls.append("broken")
+        raise ValueError("no such thing\nsecond line")
+
+    timings = measure.interleave(
+        {"quick": quick, "broken": broken, "other": lambda: calls.append("other") or ()},
+        measure.Clock(CPU),
+        warmup=1,
+        min_reps=4,
+        max_reps=4,
+        budget_s=0,
+        slow_s=9,
+        on_output=lambda name, turn, outputs: seen.append((name, turn)),
+    )
+    assert timings["broken"].error == "ValueError: no such thing" and calls.count("broken") == 1
+    assert len(timings["quick"].ms) == len(timings["other"].ms) == 4 and calls.count("quick") == 5
+    assert all({"quick", "other"} <= set(calls[i : i + 3]) for i in (3, 5, 7))  # everyone in each round
+    assert {("quick", 0), ("quick", 1), ("other", 0), ("other", 1)} == set(seen)
+
+
+def test_a_slow_call_is_timed_once():
+    import time
+
+    timings = measure.interleave(
+        {"slow": lambda: time.sleep(0.02) or (), "quick": tuple},
+        measure.Clock(CPU),
+        warmup=0,
+        min_reps=3,
+        max_reps=3,
+        budget_s=0,
+        slow_s=0.01,
+        on_output=lambda *_: None,
+    )
+    assert len(timings["slow"].ms) == 1 and timings["slow"].ms[0] >= 20 and len(timings["quick"].ms) == 3
+
+
+def test_quantiles_and_fingerprints():
+    assert [measure.quantile([4.0, 1.0, 2.0, 3.0], q) for q in (0, 0.5, 1)] == [1.0, 2.5, 4.0]
+    x = torch.randn(1000)
+    y = x.clone()
+    assert measure.fingerprint((x,)) == measure.fingerprint((y,))
+    y[3], y[900] = x[900], x[3]
+    assert measure.fingerprint((x,)) != measure.fingerprint((y,))
+    assert measure.fingerprint((x.bfloat16(),)) != measure.fingerprint((x.half(),))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_sees_what_is_freed_again():
+    def call():
+        torch.ones(96 << 20, dtype=torch.int8)
+        return torch.ones(40 << 20, dtype=torch.int8)
+
+    assert measure.rss_peak_mib(call) == pytest.approx(96, abs=2)
+    assert measure.rss_peak_mib(lambda: None) < 1
+
+
+def test_errors_keep_no_paths():
+    described = measure.describe(OSError("cannot open '/some/where/libx.so' now\n/some/where"))
+    assert described == "OSError: cannot open <path> now"
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The rows of a run from end to end, on a tiny shape."""
+    out = tmp_path_factory.mktemp("results")
+    names = ["powerflow_fast", "naive", "F.linear_cross_entropy", "verl triton", "gemm"]
+    common = ["--rehearse", "--skip-tests", "--min-reps", "2", "--max-reps", "2", "--out", str(out), "--limit", "1"]
+    assert run.main(["cpu", *common, "--device", "cpu", "--providers", *names]) == 0
+    return out
+
+
+def test_rows_say_everything(rehearsal):
+    rows = {row["provider"]: row for row in map(json.loads, (rehearsal / "cpu.jsonl").read_text().splitlines())}
+    assert rows["verl triton"]["status"] == "error" and rows["verl triton"]["error"]
+    for name in ("powerflow_fast", "naive"):
+        row = rows[name]
+        assert row["status"] == "ok" and row["repeatable"] is True and row["reps"] == 2
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert row["peak_extra_mib"] is not None, row["peak_error"]
+        assert row["logp_max_err"] < 1e-4 and row["d_hidden_rel_err"] < 1e-4
+        assert row["tests"] == "skipped" and row["rehearsal"] is True
+        assert {"commit", "dirty", "device", "threads", "torch", "triton", "cuda", "driver", "load_1min"} <= set(row)
+    n, v, h = (rows["naive"][key] for key in "nvh")
+    assert rows["naive"]["useful_flop"] == rows["naive"]["executed_flop"] == 4 * n * v * h
+    assert rows["powerflow_fast"]["backend"] == "torch" and rows["powerflow_fast"]["sources"]
+    assert "peak_extra_mib" not in rows["gemm"] and rows["gemm"]["ms_p50"] > 0
+
+
+def test_red_tests_stop_the_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "test_red.py").write_text("def test_red():\n    assert False\n")
+    monkeypatch.setitem(run.TESTS, ("linear_logprobs", "cpu"), [str(tmp_path / "test_red.py")])
+    assert run.main(["cpu", "--rehearse", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "nothing was measured" in capsys.readouterr().err and not (tmp_path / "cpu.jsonl").exists()
+
+
+def test_a_wrong_result_of_ours_is_not_a_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        peers, "linear_logprobs", lambda hidden, weight, labels, **_: peers.naive(hidden, weight, labels) + 0.1
+    )
+    options = [
+        "cpu",
+        "--rehearse",
+        "--skip-tests",
+        "--limit",
+        "1",
+        "--min-reps",
+        "2",
+        "--max-reps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert run.main([*options, "--providers", "powerflow_fast", "--out", str(tmp_path)]) == 1
+    row = json.loads((tmp_path / "cpu.jsonl").read_text())
+    assert row["status"] == "wrong" and "logp_max_err=1.0e-01" in row["error"]
+
+
+@pytest.fixture
+def published(rehearsal, tmp_path):
+    """A results folder and a README as if the rehearsal had been a measurement."""
+    rows = [json.loads(line) | {"rehearsal": False} for line in (rehearsal / "cpu.jsonl").read_text().splitlines()]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    return ["--results", str(tmp_path / "results"), "--readme", str(readme)], readme
+
+
+def test_render_round_trip(published):
+    arguments, readme = published
+    assert render.main([*arguments, "--check"]) == 1
+    assert render.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    assert "| 16 × 505 × 128 | fp32 | frozen |" in text and "F.linear_cross_entropy: " in text
+    assert render.main([*arguments, "--check"]) == 0
+    readme.write_text(text.replace("MiB", "KiB", 1))
+    assert render.main([*arguments, "--check"]) == 1
+    tables = (Path(arguments[1]) / "TABLES.md").read_text()
+    assert "verl triton: error, " in tables and "| gemm |" in tables
+
+
+def test_figures_of_older_sources_are_marked(published):
+    arguments, readme = published
+    render.main(arguments)
+    assert render.STALE not in readme.read_text()
+    file = Path(arguments[1]) / "cpu.jsonl"
+    digest = measure.source_digest("linear_logprobs", "torch")
+    file.write_text(file.read_text().replace(digest, "0" * 12))
+    render.main(arguments)
+    text = readme.read_text()
+    assert text.count(render.STALE) == 2 and f"{render.STALE} measured before the last change" in text
+    assert f"powerflow_fast{render.STALE}" in (Path(arguments[1]) / "TABLES.md").read_text()
+
+
+def test_a_changed_source_changes_the_digest(tmp_path):
+    package = tmp_path / "powerflow_fast"
+    package.mkdir()
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    for name in ("logprobs.py", "chunked.py", "objectives.py"):
+        shutil.copy(ROOT / "powerflow_fast" / name, package)
+    for backend in ("torch", "triton"):
+        same = measure.source_digest("linear_logprobs", backend, package=package)
+        assert same == measure.source_digest("linear_logprobs", backend)
+    (package / "chunked.py").write_text("# changed")
+    (tmp_path / "kernels" / "launch.py").write_text("# changed")
+    for backend in ("torch", "triton"):
+        same = measure.source_digest("linear_logprobs", backend, package=package)
+        assert same != measure.source_digest("linear_logprobs", backend)
+
+
+def test_rehearsals_are_never_published(rehearsal, published):
+    arguments, _ = published
+    with pytest.raises(SystemExit, match="no measurements"):
+        render.main(["--results", str(rehearsal), *arguments[2:]])
+
+
+def test_plots_show_what_the_rows_hold(tmp_path):
+    fixed = {"device_type": "cpu", "v": 49152, "h": 576, "dtype": "fp32"}
+    base = {
+        "op": "linear_logprobs",
+        "mode": "frozen",
+        "mask_ratio": 0.0,
+        "status": "ok",
+        "l2": None,
+        "device": "x",
+        **fixed,
+    }
+    rows = [
+        base | {"provider": name, "kind": kind, "n": n, "ms_p50": n * k, "peak_extra_mib": n}
+        for name, kind, k in (("powerflow_fast", "ours", 1.0), ("naive", "baseline", 2.0))
+        for n in (64, 512)
+    ]
+    rows.append(rows[0] | {"mode": "full", "n": 128})
+    series = render.plot_series(rows, "ms_p50", "n", fixed)
+    assert series == {"powerflow_fast": [(64, 64.0), (512, 512.0)], "naive": [(64, 128.0), (512, 1024.0)]}
+    first, second = tmp_path / "a" / "p.svg", tmp_path / "b" / "p.svg"
+    for path in (first, second):
+        path.parent.mkdir()
+        assert render.plot(path, rows, "ms_p50", "n", fixed)
+    assert first.read_bytes() == second.read_bytes() and b"powerflow_fast" in first.read_bytes()
+
+
+def test_readme_shows_the_committed_rows():
+    """README.md and results/TABLES.md are what render.py makes of results/*.jsonl and of the sources as they are."""
+    assert render.main(["--check"]) == 0, "run: python benchmarks/render.py"
+
+
+def test_committed_rows_are_publishable():
+    rows = render.load(RESULTS)
+    assert all(row["tests"] == "passed" for row in rows), "rows were measured with --skip-tests"
+    text = "".join(path.read_text() for path in sorted(RESULTS.glob("*.jsonl")))
+    assert '"wrong"' not in text and "/work/" not in text and "/home/" not in text and "/tmp/" not in text
