@@ -28,10 +28,10 @@ _EMPTY_MAX = -1e30
 def _tile_shape(n: int, v: int, device: torch.device) -> tuple[int, int]:
     """(rows, columns) of one tile.
 
-    CPU: 16 MiB of fp32 stays in a last-level cache through the passes over it, and is wide enough that the products run
+    CPU: 32 MiB of fp32 stays in a last-level cache through the passes over it, and is wide enough that the products run
     at the speed of large ones. GPU: tiles far larger than L2, because each row chunk streams the whole weight.
     """
-    rows, elements = (1024, 1 << 22) if device.type == "cpu" else (4096, 1 << 26)
+    rows, elements = (1024, 1 << 23) if device.type == "cpu" else (4096, 1 << 26)
     rows = max(1, min(n, rows))
     return rows, min(v, max(256, elements // rows))
 

@@ -171,7 +171,7 @@ def linear_logprobs(
 
     Inputs that need no gradient cost nothing. FLOP: 2NVH without gradients; 4NVH forward and backward when only
     ``hidden`` needs one (the gradient is produced in the forward pass, N·H elements are saved); 8NVH for a trainable
-    head. Extra memory: one tile buffer (CPU: 16 MiB, and as much again with a softcap) plus 4·H bytes per row of a
+    head. Extra memory: one tile buffer (CPU: 32 MiB, and as much again with a softcap) plus 4·H bytes per row of a
     tile; a trainable half-precision head adds 4·V·H bytes to sum its gradient in fp32. None of it grows with N.
     Under ``torch.autocast`` hidden, weight and bias are cast to the autocast dtype, as for ``torch.nn.Linear``.
 
