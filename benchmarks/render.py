@@ -112,7 +112,9 @@ def readme_block(rows: list[Row]) -> str:
             "| --- | --- | --- | --- | --- | --- |",
         ]
         for providers in by_case(here).values():
-            ours = providers["powerflow_fast"]
+            ours = providers.get("powerflow_fast")
+            if ours is None or ours["status"] == "skipped":
+                continue
             shape = f"{ours['n']} × {ours['v']} × {ours['h']}"
             cells = [cell(providers.get("naive")), cell(fastest_other(providers), name=True), cell(ours)]
             lines.append(f"| {shape} | {ours['dtype']} | {MODES[ours['mode']]} | {' | '.join(cells)} |")
@@ -205,7 +207,10 @@ def tables(rows: list[Row]) -> str:
             cells = [column(row, providers) for column in columns.values()]
             lines.append(f"| {row['provider']}{STALE if is_stale(row) else ''} | {' | '.join(cells)} |")
         lines.append("")
-        lines += [f"* {r['provider']}: {r['status']}, {r['error']}" for r in every if r["status"] != "ok"]
+        if all(r["status"] == "skipped" for r in every):
+            lines = [*lines[:2], f"Skipped: {first['error']}."]
+        else:
+            lines += [f"* {r['provider']}: {r['status']}, {r['error']}" for r in every if r["status"] != "ok"]
         parts.append("\n".join(lines).rstrip())
     if any(is_stale(r) for r in rows):
         parts.append(f"{STALE} measured before the last change of these sources.")

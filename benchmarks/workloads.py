@@ -238,7 +238,7 @@ GPU_HEADS = ((151936, 1536), (151936, 3584), (128256, 4096), (262144, 2304), (15
 
 def _gpu_main() -> list[HeadCase]:
     """The most telling cases first: a run that reaches its time limit has them."""
-    return [HeadCase(8192, v, h, mode=mode) for mode in ("frozen", "full", "no_grad") for v, h in GPU_HEADS]
+    return [HeadCase(8192, v, h, mode=mode) for v, h in GPU_HEADS for mode in ("frozen", "full", "no_grad")]
 
 
 def _gpu_n() -> list[HeadCase]:
