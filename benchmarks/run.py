@@ -70,11 +70,12 @@ def step_of(provider: peers.Provider, case: Case, inputs):
     return (peers.head_step if case.op == HeadCase.op else peers.la_tb_step)(provider, case, inputs)
 
 
-def warm_up(provider: peers.Provider, case: Case, inputs, device: torch.device) -> None:
-    """Loads code and starts threads; on a CPU a few rows are enough, a GPU gets whole rounds besides."""
-    few = inputs if provider.warm_whole else inputs.first(8)
+def warm_step(provider: peers.Provider, case: Case, inputs, device: torch.device):
+    """The step of a provider, with its code loaded and its threads started; a GPU warms up in whole rounds besides."""
+    step = step_of(provider, case, inputs)
     if device.type == "cpu":
-        step_of(provider, case, few)()
+        (step if provider.warm_whole else step_of(provider, case, inputs.first(8)))()
+    return step
 
 
 def probe_memory(case: Case, names: list[str]) -> None:
@@ -96,8 +97,8 @@ def probe_memory(case: Case, names: list[str]) -> None:
         try:
             torch.set_num_threads(threads)
             provider = provider_named(case.op, name)
-            warm_up(provider, case, inputs, device)
-            result: dict = {"peak_extra_mib": round(measure.rss_peak_mib(step_of(provider, case, inputs)), 2)}
+            step = warm_step(provider, case, inputs, device)
+            result: dict = {"peak_extra_mib": round(measure.rss_peak_mib(step), 2)}
         except Exception as error:
             result = {"peak_extra_mib": None, "peak_error": measure.describe(error)}
         print(json.dumps({"provider": name, **result}), flush=True)
@@ -168,8 +169,7 @@ def measure_case(case: Case, options: argparse.Namespace, device: torch.device) 
     for provider in providers:
         row = rows[provider.name]
         try:
-            warm_up(provider, case, inputs, device)
-            calls[provider.name] = step_of(provider, case, inputs)
+            calls[provider.name] = warm_step(provider, case, inputs, device)
             row["backend"] = backend_of(provider, case, device)
             if row["backend"]:
                 row["sources"] = measure.source_digest(case.op, row["backend"])
