@@ -24,7 +24,7 @@ from powerflow_fast.kernels.launch import (
     readable,
     tile_origin,
 )
-from powerflow_fast.kernels.types import ForwardOutput, LogitTransform
+from powerflow_fast.kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
 
 
 @triton.jit(do_not_specialize=["N", "first"])
@@ -77,9 +77,10 @@ def linear_logprob_bwd(
     need_d_hidden: bool,
     need_d_weight: bool,
     need_d_bias: bool,
+    add_to: HeadSums | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_hidden (N, H), d_weight (V, H) and d_bias (V,) of ``(logp * d_logp).sum()`` in their inputs' dtypes; None where
-    not needed.
+    not needed, or where they are added to the float32 sums ``add_to``.
 
     ``forward`` is what `linear_logprob_fwd` returned for the same inputs, ``d_logp`` is (N,). 2NVH FLOP for the logits
     and 2NVH each for d_hidden and d_weight. The upstream gradient and 1 - p enter the gradient of the logits before
@@ -93,8 +94,8 @@ def linear_logprob_bwd(
     if n == 0:
         return (
             torch.zeros_like(hidden) if need_d_hidden else None,
-            torch.zeros_like(weight) if need_d_weight else None,
-            torch.zeros_like(bias) if need_d_bias else None,
+            torch.zeros_like(weight) if need_d_weight and add_to is None else None,
+            torch.zeros_like(bias) if need_d_bias and add_to is None else None,
         )
     hidden, weight = readable(hidden), readable(weight)
     softcap = transform.logit_softcap is not None
@@ -108,8 +109,8 @@ def linear_logprob_bwd(
         scale = torch.ldexp(torch.ones_like(factor), torch.frexp(factor).exponent.clamp(-126, 0))[:, None]
         factor = factor / scale[:, 0]
         scaled = (hidden * scale).to(hidden.dtype) if need_d_weight else hidden
-    d_weight = weight.new_empty(v, h) if need_d_weight else None
-    d_bias = bias.new_empty(v) if need_d_bias else None
+    d_weight = weight.new_empty(v, h) if need_d_weight and add_to is None else None
+    d_bias = bias.new_empty(v) if need_d_bias and add_to is None else None
     total = None
     columns = plan_columns(v, n * hidden.element_size(), tile)
     scratch = hidden.new_empty(n, columns)
@@ -119,7 +120,7 @@ def linear_logprob_bwd(
         w, grad = weight[part], scratch[:, : part.stop - first]
         _logit_gradient_kernel[(triton.cdiv(n, tile.block_n) * triton.cdiv(len(w), tile.block_v),)](
             x, operand(w, tile.block_v, tile), None if bias is None else bias[part],
-            labels, factor, forward.others_max, forward.others_sum, grad,
+            labels, factor, forward.anchor, forward.others_sum, grad,
             n, len(w), h, first, hidden.stride(0), w.stride(0), columns, pre, post,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
         )  # fmt: skip
@@ -129,9 +130,32 @@ def linear_logprob_bwd(
             add_matmul_fp32_(total, grad, w)
         if d_weight is not None:
             torch.mm(grad.t(), scaled, out=d_weight[part])
-        if d_bias is not None:
+        elif need_d_weight:
+            add_matmul_fp32_(add_to.d_weight[part], grad.t(), scaled)
+        if need_d_bias:
             ones = torch.ones_like(scaled[:, :1]) if scale is None else scale.to(grad.dtype)
-            d_bias[part] = matmul_fp32(grad.t(), ones)[:, 0]
+            column_sums = matmul_fp32(grad.t(), ones)[:, 0]
+            if d_bias is not None:
+                d_bias[part] = column_sums
+            else:
+                add_to.d_bias[part] += column_sums
     if total is not None:
         total = (total if scale is None else total * scale).to(hidden.dtype)
     return total, d_weight, d_bias
+
+
+@launcher
+def linear_logprob_bwd_exps(
+    hidden: Tensor, weight: Tensor, kept: RowExponentials, d_logp: Tensor, *, need_d_hidden: bool, add_to: HeadSums
+) -> Tensor | None:
+    """As `linear_logprob_bwd`, from kept exponentials: 2NVH FLOP for each of d_hidden, returned, and d_weight.
+
+    The upstream gradient and the row's scale go to the N x H side of both products, before d_weight's and after
+    d_hidden's, so nothing of size [N, V] is written here.
+    """
+    factor = (-d_logp.float() * kept.scale)[:, None]
+    if add_to.d_weight is not None:
+        add_matmul_fp32_(add_to.d_weight, kept.exps.t(), (hidden * factor).to(hidden.dtype))
+    if add_to.d_bias is not None:
+        add_to.d_bias += matmul_fp32(kept.exps.t(), factor.to(hidden.dtype))[:, 0]
+    return (matmul_fp32(kept.exps, weight) * factor).to(hidden.dtype) if need_d_hidden else None

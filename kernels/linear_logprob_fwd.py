@@ -17,6 +17,7 @@ from torch import Tensor
 
 from powerflow_fast.kernels.launch import (
     SCRATCH_ROWS,
+    Tile,
     choose_tile,
     launcher,
     log1p_unit,
@@ -30,7 +31,7 @@ from powerflow_fast.kernels.launch import (
     tile_origin,
     to_logit,
 )
-from powerflow_fast.kernels.types import ForwardOutput, LogitTransform
+from powerflow_fast.kernels.types import ForwardOutput, LogitTransform, RowExponentials
 
 # The range in which a row's sum of exp(z - z_y) must lie when its exponentials are stored in a dtype; outside of it the
 # row is written anew around its maximum. float16 ends at 65504 above and 6e-8 below, where a confident token's
@@ -227,25 +228,10 @@ def _reanchor_kernel(
     tl.store(m_active + n, outside.to(tl.int32), mask=n < N)
 
 
-@triton.jit(do_not_specialize=["N", "plane"])
-def _unit_gradient_kernel(
-    p_partial, p_logit, p_slope, p_anchor, p_label, p_rows, p_product, p_weight, o_logp, o_grad,
-    N, V, H, TILES, plane, stride_w, stride_grad, ignore_index, slope,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """logp and d logp / d hidden of each row from its exponentials, at row ``p_rows[row]`` of the outputs.
-
-    With a the anchor, t = e^(z_y - a), S = sum_{j != y} e^(z_j - a), c_j = (dz/du)_j / slope and the product
-    A = sum_{j != y} e^(z_j - a) c_j W_j::
-
-        logp = -log(1 + S / t)          d logp / d h = slope (S c_y W_y - A) / (t + S)
-
-    since 1 - p_y = S / (t + S). Reads NH float32 and NH weights, writes NH elements.
-    """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = tl.load(p_label + n, mask=n < N, other=ignore_index)
-    active = label != ignore_index
-    known = active & (label >= 0) & (label < V)
+@triton.jit
+def _row_sums(p_partial, p_logit, p_anchor, n, active, N, TILES, plane, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(S, t, -logp) of the rows n: with a the anchor, t = e^(z_y - a), S = sum_{j != y} e^(z_j - a), and
+    logp = -log(1 + S / t), taken from the smaller of S / t and t / S."""
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for t in range(0, TILES, BLOCK_T):
         i = t + tl.arange(0, BLOCK_T)
@@ -257,7 +243,52 @@ def _unit_gradient_kernel(
     own = tl.exp(z_y - anchor)
     likely = total <= own
     ratio = tl.where(likely, total / own, own / total)
-    surprise = tl.where(likely, 0.0, anchor - z_y + tl.log(total)) + log1p_unit(ratio)
+    return total, own, tl.where(likely, 0.0, anchor - z_y + tl.log(total)) + log1p_unit(ratio)
+
+
+@triton.jit(do_not_specialize=["N", "plane"])
+def _keep_rows_kernel(
+    p_partial, p_logit, p_slope, p_anchor, p_label, o_logp, o_scale, o_exp,
+    N, V, TILES, plane, stride_exp, slope,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """logp, ``slope / (t + S)`` and, in the label's column of the exponentials, ``-S (dz/du)_y / slope``: with that
+    element ``d logp / d u = -scale * exponentials`` in every column. Writes 3 elements a row."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = tl.load(p_label + n, mask=n < N, other=-1)
+    total, own, surprise = _row_sums(
+        p_partial, p_logit, p_anchor, n, n < N, N, TILES, plane, BLOCK_N, BLOCK_T
+    )  # fmt: skip
+    tl.store(o_logp + n, -surprise, mask=n < N)
+    tl.store(o_scale + n, slope / (own + total), mask=n < N)
+    if HAS_SOFTCAP:
+        total *= tl.load(p_slope + n, mask=n < N, other=0.0)
+    known = (n < N) & (label >= 0) & (label < V)
+    out = o_exp + n.to(tl.int64) * stride_exp + tl.where(known, label, 0)
+    tl.store(out, (-total).to(o_exp.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["N", "plane"])
+def _unit_gradient_kernel(
+    p_partial, p_logit, p_slope, p_anchor, p_label, p_rows, p_product, p_weight, o_logp, o_grad,
+    N, V, H, TILES, plane, stride_w, stride_grad, ignore_index, slope,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """logp and d logp / d hidden of each row from its exponentials, at row ``p_rows[row]`` of the outputs.
+
+    With t and S as in `_row_sums`, c_j = (dz/du)_j / slope and the product A = sum_{j != y} e^(z_j - a) c_j W_j::
+
+        d logp / d h = slope (S c_y W_y - A) / (t + S)
+
+    since 1 - p_y = S / (t + S). Reads NH float32 and NH weights, writes NH elements.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = tl.load(p_label + n, mask=n < N, other=ignore_index)
+    active = label != ignore_index
+    known = active & (label >= 0) & (label < V)
+    total, own, surprise = _row_sums(
+        p_partial, p_logit, p_anchor, n, active, N, TILES, plane, BLOCK_N, BLOCK_T
+    )  # fmt: skip
     rows = tl.load(p_rows + n, mask=n < N, other=0)
     tl.store(o_logp + rows, tl.where(active, -surprise, 0.0), mask=n < N)
 
@@ -291,6 +322,38 @@ def _label_logits(
         BLOCK_N=32, BLOCK_H=256, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, num_warps=8,
     )  # fmt: skip
     return logit, bend, active
+
+
+def _exponentials(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    exps: Tensor,
+    partial: Tensor,
+    tile: Tile,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Fills ``exps`` and ``partial`` (`_exp_tile_kernel`): around each row's z_y, then once more, around the maximum,
+    the rows that leave their dtype's range so. Returns (z_y, (dz/du)_y / slope with a softcap, anchor)."""
+    (n, h), v = hidden.shape, weight.shape[0]
+    pre, post, _ = logit_factors(transform)
+    tiles, plane = partial.shape[1], partial.stride(0)
+    floor, limit = ANCHOR_RANGE[hidden.dtype]
+    logit, bend, active = _label_logits(hidden, weight, labels, bias, transform, ignore_index)
+    anchor = logit.clone()
+    for again in (False, True):
+        if again:
+            _reanchor_kernel[(triton.cdiv(n, 64),)](
+                partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=64, BLOCK_T=32
+            )
+        _exp_tile_kernel[(triton.cdiv(n, tile.block_n) * tiles,)](
+            operand(hidden, tile.block_n, tile), operand(weight, tile.block_v, tile), bias, labels, active, anchor,
+            exps, partial, n, v, h, plane, hidden.stride(0), weight.stride(0), exps.stride(0), pre, post,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.logit_softcap is not None, **tile.meta(),
+        )  # fmt: skip
+    return logit, bend, anchor
 
 
 @launcher
@@ -357,7 +420,7 @@ def linear_logprob_fwd_d_hidden(
     v = weight.shape[0]
     weight = readable(weight)
     softcap = transform.logit_softcap is not None
-    pre, post, slope = logit_factors(transform)
+    slope = logit_factors(transform)[2]
     tile = choose_tile(hidden, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
     rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
@@ -372,27 +435,45 @@ def linear_logprob_fwd_d_hidden(
     tiles = triton.cdiv(v, tile.block_v)
     exps = hidden.new_empty(size, width)
     partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
-    plane, (floor, limit) = partial.stride(0), ANCHOR_RANGE[hidden.dtype]
-    w = operand(weight, tile.block_v, tile)
     for part in rows.split(size):
         chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
-        logit, bend, active = _label_logits(chunk, weight, y, bias, transform, ignore_index)
-        anchor = logit.clone()
         count = len(part)
-        for again in (False, True):
-            if again:
-                _reanchor_kernel[(triton.cdiv(count, 64),)](
-                    partial, anchor, active, count, tiles, plane, floor, limit, HEADROOM, BLOCK_N=64, BLOCK_T=32
-                )
-            _exp_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
-                operand(chunk, tile.block_n, tile), w, bias, y, active, anchor, exps, partial,
-                count, v, h, plane, chunk.stride(0), weight.stride(0), width, pre, post,
-                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
-            )  # fmt: skip
+        logit, bend, anchor = _exponentials(
+            chunk, weight, y, bias, transform, ignore_index, exps, partial, tile
+        )  # fmt: skip
         product = matmul_fp32(exps[:count, :v], weight)
         _unit_gradient_kernel[(triton.cdiv(count, 16),)](
             partial, logit, bend, anchor, y, part, product, weight, logp, d_hidden,
-            count, v, h, tiles, plane, weight.stride(0), h, ignore_index, slope,
+            count, v, h, tiles, partial.stride(0), weight.stride(0), h, ignore_index, slope,
             BLOCK_N=16, BLOCK_H=512, BLOCK_T=64, HAS_SOFTCAP=softcap, num_warps=8,
         )  # fmt: skip
     return logp, d_hidden
+
+
+@launcher
+def linear_logprob_fwd_exps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+) -> RowExponentials:
+    """``logp`` and what `linear_logprob_bwd_exps` needs for the gradients of a trainable head: 2NVH FLOP.
+
+    Keeps ``N * V`` elements of hidden's dtype, whose range must not be float16's: the upstream gradient comes later.
+    No row is ignored; a label outside [0, V) gives NaN. No host sync.
+    """
+    n, v = hidden.shape[0], weight.shape[0]
+    weight, hidden, labels = readable(weight), readable(hidden), labels.contiguous()
+    softcap = transform.logit_softcap is not None
+    tile = choose_tile(hidden, heavy=softcap)
+    bias = None if bias is None else bias.contiguous()
+    logp, scale = hidden.new_empty(2, n, dtype=torch.float32)
+    exps = hidden.new_empty(n, triton.cdiv(v, 16) * 16)
+    tiles = triton.cdiv(v, tile.block_v)
+    partial = hidden.new_empty(2, tiles, n, dtype=torch.float32)
+    if n:
+        no_row = torch.iinfo(torch.int64).min  # nothing is ignored: a label that is wrong gives NaN
+        logit, bend, anchor = _exponentials(hidden, weight, labels, bias, transform, no_row, exps, partial, tile)
+        _keep_rows_kernel[(triton.cdiv(n, 64),)](
+            partial, logit, bend, anchor, labels, logp, scale, exps,
+            n, v, tiles, partial.stride(0), exps.stride(0), logit_factors(transform)[2],
+            BLOCK_N=64, BLOCK_T=32, HAS_SOFTCAP=softcap,
+        )  # fmt: skip
+    return RowExponentials(logp, exps[:, :v], scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -18,13 +19,52 @@ class LogitTransform(NamedTuple):
 class ForwardOutput(NamedTuple):
     """Per-token results, each (N,) float32, 0 in ignored rows; the last three only where statistics are asked for.
 
-    ``others_max`` and ``others_sum`` are max z and sum exp(z - max) over the columns other than the label's, from which
-    the backward pass forms the softmax anew: a rounded logsumexp would cost digits where logits are in the hundreds.
+    ``others_sum`` is the sum of exp(z - anchor) over the columns other than the label's, for an ``anchor`` of the
+    backend's choice, from which the backward pass forms the softmax anew: a rounded logsumexp would cost digits where
+    logits are in the hundreds.
     """
 
     logp: Tensor
-    others_max: Tensor
+    anchor: Tensor
     others_sum: Tensor
     lse: Tensor | None = None
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
+
+
+class RowExponentials(NamedTuple):
+    """What a forward pass keeps of rows whose backward pass is not to recompute their logits.
+
+    ``d logp[n] / d u[n] = -scale[n] * exps[n]`` for the logits u before the transform: ``exps`` is exp(z - anchor),
+    times dz/du where it is not constant, and minus the sum of the others in the label's column.
+    """
+
+    logp: Tensor
+    """(N,) float32"""
+    exps: Tensor
+    """(N, V)"""
+    scale: Tensor
+    """(N,) float32"""
+
+
+class HeadSums(NamedTuple):
+    """Gradients of a head as float32 sums (float64 for such a head), which several passes add to; None: not needed."""
+
+    d_weight: Tensor | None
+    """(V, H)"""
+    d_bias: Tensor | None
+    """(V,)"""
+
+    @classmethod
+    def zeros(cls, weight: Tensor | None, bias: Tensor | None) -> HeadSums:
+        """Sums for the gradients of the parameters that are given."""
+        return cls(
+            *(
+                None
+                if x is None
+                else torch.zeros_like(
+                    x, dtype=torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format
+                )
+                for x in (weight, bias)
+            )
+        )

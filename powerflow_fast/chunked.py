@@ -3,26 +3,33 @@
 Every function walks over tiles of rows x vocabulary columns in one reused fp32 buffer, so that extra memory depends on
 the tile and on H, never on N x V. Logits are formed, exponentiated and summed in fp32 whatever the input dtype.
 
-The label's column is kept out of every sum. With ``m`` the running maximum and ``so`` the running sum of
-``exp(z_j − m)`` over the *other* columns, and ``d = z_y − m``:
+Exponentials are taken relative to a row's *anchor* a, which is the label's own logit z_y, known beforehand from one dot
+product. No maximum is looked for and nothing is rescaled between tiles: partial sums just add. The label's column is
+kept out of every sum; with ``E_j = exp(z_j − a)``, ``S = Σ_{j≠y} E_j`` and ``t = exp(z_y − a)``, 1 for that anchor:
 
-    log p_y = logsigmoid(d − log so)            1 − p_y = sigmoid(log so − d)
-    ∂ log p_y/∂h = (1 − p_y) (W_y − Σ_{j≠y} exp(z_j − m) W_j / so)
+    log p_y = −log(1 + S/t)                 ∂ log p_y/∂h = (S W_y − Σ_{j≠y} E_j W_j) / (t + S)
 
-Nothing here subtracts nearly equal numbers or leaves fp32's range: a token with 1 − p < 1e-8 keeps its digits, in the
-value and in the gradient, and so does a token 1000 nats below the maximum. The gradient does not contain the upstream
-one, which is why a frozen head needs two matrix products in all: the backward pass only scales rows.
+Nothing here subtracts nearly equal numbers: a token with 1 − p < 1e-8 keeps its digits, in the value and in the
+gradient. The gradient doesn't contain the upstream one, which is why a frozen head needs two matrix products in all:
+the backward pass only scales rows. A token so unlikely that S would leave fp32's range (z_max − z_y > 60) is done again
+with its row's maximum as the anchor, which holds for any logits.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .kernels.types import ForwardOutput, LogitTransform
+from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
 
-# Finite, so that the first rescale is exp(-huge) = 0 and never inf − inf.
-_EMPTY_MAX = -1e30
+# Finite, so that a logit of −inf (a bias that rules a token out) times its probability of 0 is 0.
+_LOWEST_LOGIT = -1e30
+# e^60 leaves room for the products with the weight that follow; below, a float32 ends where 1 − p is 1e-38.
+_LARGEST_SUM = math.exp(60.0)
 
 
 def _tile_shape(n: int, v: int, device: torch.device) -> tuple[int, int]:
@@ -59,6 +66,26 @@ def _operand(e: Tensor, like: Tensor) -> Tensor:
     return e.to(like.dtype) if like.is_cuda else e
 
 
+class _Rows(NamedTuple):
+    """Some rows of the problem, and the logits of their labels."""
+
+    index: slice | Tensor
+    """where they are in the problem"""
+    hidden: Tensor
+    labels: Tensor
+    z_y: Tensor
+    slope_y: Tensor | float
+    """∂z_y/∂u_y"""
+    anchor: Tensor
+
+    def select(self, rows: Tensor) -> _Rows:
+        index = self.index
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=rows.device)
+        picked = (x[rows] if isinstance(x, Tensor) else x for x in self[1:])
+        return _Rows(index[rows], *picked)
+
+
 class _Problem:
     """The inputs of one call, with ignored rows taken out, and the tile buffer."""
 
@@ -69,95 +96,116 @@ class _Problem:
         labels: Tensor,
         bias: Tensor | None,
         transform: LogitTransform,
-        ignore_index: int,
+        ignore_index: int | None,
     ):
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.n, self.v, self.h = hidden.shape[0], weight.shape[0], hidden.shape[1]
+        self.n, self.v = hidden.shape[0], weight.shape[0]
         temperature, scale, self.softcap = transform
         # Without a softcap both factors are one multiplication, applied to the small operand.
         self.pre = scale if self.softcap is not None else scale / temperature
         self.post = 1.0 / temperature
         self.dtype = _compute_dtype(hidden)
-        keep = labels != ignore_index
-        self.in_range = (labels >= 0) & (labels < self.v)
-        self.keep = keep
-        self.rows: Tensor | None = None
-        # Finding the kept rows costs a wait for the device, so only a CPU drops them before the products.
-        if hidden.device.type == "cpu" and not bool(keep.all()):
-            self.rows = keep.nonzero()[:, 0]
-        self.labels = labels.where(keep & self.in_range, 0)
+        self.half_on_cuda = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
+        keep = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+        in_range = (labels >= 0) & (labels < self.v)
+        self.labels = labels.where(keep & in_range, 0)
+        self.unknown = keep & ~in_range
+        self.rows = None if ignore_index is None or bool(keep.all()) else keep.nonzero()[:, 0]
         self.count = self.n if self.rows is None else self.rows.numel()
         self.chunk, self.columns = _tile_shape(self.count, self.v, hidden.device)
         self.buffer = torch.empty(self.chunk * self.columns, dtype=self.dtype, device=hidden.device)
         self.slopes = torch.empty_like(self.buffer) if self.softcap is not None else None
 
-    def chunks(self):
-        """(row index for outputs, hidden rows, labels) of each chunk."""
+    def _transform(self, u: Tensor, slopes: Tensor | None) -> None:
+        """u → z in place, given ``pre`` without a softcap; ∂z/∂u into ``slopes`` where there is one."""
+        if self.softcap is None:
+            return
+        u.div_(self.softcap).tanh_()
+        torch.mul(u, u, out=slopes).neg_().add_(1.0).mul_(self.pre * self.post)
+        u.mul_(self.softcap * self.post)
+
+    def chunks(self) -> Iterator[_Rows]:
         for start in range(0, self.count, self.chunk):
-            index = slice(start, min(start + self.chunk, self.count))
+            index: slice | Tensor = slice(start, min(start + self.chunk, self.count))
             if self.rows is not None:
                 index = self.rows[index]
-            yield index, self.hidden[index], self.labels[index]
+            h, y = self.hidden[index], self.labels[index]
+            u = (h.to(self.dtype) * self.pre * self.weight[y].to(self.dtype)).sum(1)
+            if self.bias is not None:
+                u += self.bias[y].to(self.dtype) * self.pre
+            slope = self.pre if self.softcap is None else torch.empty_like(u)
+            self._transform(u, slope)
+            yield _Rows(index, h, y, u, slope, u)
 
-    def tiles(self, hidden: Tensor, labels: Tensor):
-        """(columns, weight rows, logits, slopes ∂z/∂u or None, label in tile, label column) of each tile."""
-        r = hidden.shape[0]
-        half_on_cuda = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
-        operand = hidden if half_on_cuda else hidden.to(self.dtype) * self.pre
+    def tiles(self, rows: _Rows, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """(columns, their weight rows, logits, ∂z/∂u or None where it is ``pre``) of each tile.
+
+        The logits lie in the buffer, which the next tile overwrites, or in the columns of ``out`` (rows, V).
+        """
+        r = rows.hidden.shape[0]
+        operand = rows.hidden if self.half_on_cuda else rows.hidden.to(self.dtype) * self.pre
         for start in range(0, self.v, self.columns):
             columns = slice(start, min(start + self.columns, self.v))
             w = self.weight[columns]
-            if not half_on_cuda:
+            if not self.half_on_cuda:
                 w = w.to(self.dtype)
             width = w.shape[0]
-            z = self.buffer[: r * width].view(r, width)
+            z = self.buffer[: r * width].view(r, width) if out is None else out[:, columns]
+            slopes = None if self.slopes is None else self.slopes[: r * width].view(r, width)
             _matmul_fp32(operand, w.t(), out=z)
-            if half_on_cuda and self.pre != 1.0:
+            if self.half_on_cuda and self.pre != 1.0:
                 z.mul_(self.pre)
             if self.bias is not None:
                 z.add_(self.bias[columns].to(self.dtype), alpha=self.pre)
-            slopes = None
-            if self.softcap is not None:
-                z.div_(self.softcap).tanh_()
-                slopes = self.slopes[: r * width].view(r, width)
-                torch.mul(z, z, out=slopes).neg_().add_(1.0).mul_(self.pre * self.post)
-                z.mul_(self.softcap * self.post)
-            here = (labels >= start) & (labels < start + width)
-            yield columns, w, z, slopes, here, (labels - start).clamp(0, width - 1)[:, None]
+            self._transform(z, slopes)
+            yield columns, w, z, slopes
 
-    @property
-    def slope(self) -> float:
-        """∂z/∂u where it is constant (no softcap)."""
-        return self.pre
+    def set_label(self, e: Tensor, rows: _Rows, columns: slice, value: Tensor | float) -> None:
+        """Give the label's column of each row whose label lies in the tile the value, without a wait for a GPU."""
+        here = (rows.labels >= columns.start) & (rows.labels < columns.stop)
+        column = (rows.labels - columns.start).clamp(0, e.shape[1] - 1)[:, None]
+        e.scatter_(1, column, torch.where(here, value, e.gather(1, column)[:, 0])[:, None])
+
+    def exponentials(
+        self, rows: _Rows, sums: Tensor, out: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """The tiles with E for the logits, 0 at the label; their row sums are added to ``sums``."""
+        for columns, w, z, slopes in self.tiles(rows, out):
+            e = z.sub_(rows.anchor[:, None]).exp_()
+            self.set_label(e, rows, columns, 0.0)
+            sums.add_(e.sum(1))
+            yield columns, w, e, slopes
+
+    def anchored(self, run: Callable[[_Rows], Tensor]) -> None:
+        """``run`` writes the results of some rows and returns their S. Rows where it is out of range run once more."""
+        for rows in self.chunks():
+            # float16 operands of a second product would end at 65504: their exponentials must not exceed one
+            if self.half_on_cuda and self.hidden.dtype == torch.float16:
+                rows = rows._replace(anchor=self.row_max(rows))
+            outside = (~(run(rows) <= _LARGEST_SUM)).nonzero()[:, 0]
+            if outside.numel():
+                rows = rows.select(outside)
+                run(rows._replace(anchor=self.row_max(rows)))
+
+    def row_max(self, rows: _Rows) -> Tensor:
+        return torch.stack([z.amax(1) for _, _, z, _ in self.tiles(rows)]).amax(0)
+
+    def log_odds(self, rows: _Rows, others: Tensor) -> Tensor:
+        """log(p_y / (1 − p_y)). With a single column there are no others and it is +inf: p_y = 1."""
+        return rows.z_y - rows.anchor - others.log()
+
+    def label_weight(self, rows: _Rows, others: Tensor) -> Tensor:
+        """S, times ∂z_y/∂u_y where there is a softcap: what stands at the label where E_j (∂z/∂u)_j is elsewhere."""
+        return others if self.softcap is None else others * rows.slope_y
+
+    def scale(self, rows: _Rows, others: Tensor) -> Tensor:
+        """1/(t + S), times ∂z/∂u where that is one number."""
+        slope = 1.0 if self.softcap is not None else self.pre
+        return slope / (others + torch.exp(rows.z_y - rows.anchor))
 
     def finish(self, logp: Tensor) -> Tensor:
-        """Ignored rows give 0; a label outside the vocabulary (possible only unchecked, on a GPU) gives NaN."""
-        return logp.where(self.in_range, float("nan")).where(self.keep, 0.0)
-
-
-class _Others:
-    """Running maximum, sum and weighted sums over the columns that are not the label's."""
-
-    def __init__(self, rows: int, like: Tensor):
-        self.m = torch.full((rows,), _EMPTY_MAX, dtype=like.dtype, device=like.device)
-        self.so = torch.zeros_like(self.m)
-        self.z_y = torch.zeros_like(self.m)
-
-    def exponentials(self, z: Tensor, here: Tensor, column: Tensor) -> Tensor:
-        """Turn the logits in ``z`` into exp(z − m) in place, 0 at the label; return the old sums' rescale factor."""
-        at_label = z.gather(1, column)[:, 0]
-        self.z_y = torch.where(here, at_label, self.z_y)
-        z.scatter_(1, column, torch.where(here, float("-inf"), at_label)[:, None])
-        m = torch.maximum(self.m, z.amax(1))
-        rescale = (self.m - m).exp_()
-        self.m = m
-        z.sub_(m[:, None]).exp_()
-        self.so.mul_(rescale).add_(z.sum(1))
-        return rescale
-
-    def log_odds(self) -> Tensor:
-        """log(p_y / (1 − p_y)). With a single column there are no others and it is +inf: p_y = 1."""
-        return self.z_y - self.m - self.so.log()
+        """A label outside the vocabulary, possible only unchecked on a GPU, gives NaN."""
+        return logp.masked_fill_(self.unknown, float("nan"))
 
 
 def linear_logprob_fwd(
@@ -166,7 +214,7 @@ def linear_logprob_fwd(
     labels: Tensor,
     bias: Tensor | None,
     transform: LogitTransform,
-    ignore_index: int,
+    ignore_index: int | None,
     *,
     stats: bool = False,
 ) -> ForwardOutput:
@@ -174,41 +222,47 @@ def linear_logprob_fwd(
     problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
     names = ForwardOutput._fields if stats else ForwardOutput._fields[:3]
     out = {name: hidden.new_zeros(problem.n, dtype=problem.dtype) for name in names}
-    for index, h, y in problem.chunks():
-        others = _Others(h.shape[0], problem.buffer)
-        energy, total = torch.zeros_like(others.m), torch.zeros_like(others.m)
-        for _, _, z, _, here, column in problem.tiles(h, y):
-            if stats:
-                total += z.sum(1)
-                old_m, old_so = others.m, others.so.clone()
-                logits = z.clone()
-                rescale = others.exponentials(z, here, column)
-                # Σ E (z − m) moves with the maximum: each old term gains (m_old − m_new).
-                energy = rescale * (energy + (old_m - others.m) * old_so)
-                energy += logits.sub_(others.m[:, None]).mul_(z).sum(1)
-            else:
-                others.exponentials(z, here, column)
-        odds = others.log_odds()
+
+    def run(rows: _Rows) -> Tensor:
+        others = torch.zeros_like(rows.anchor)
+        for _ in problem.exponentials(rows, others):
+            pass
+        out["logp"][rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
+        out["anchor"][rows.index], out["others_sum"][rows.index] = rows.anchor, others
+        return others
+
+    def run_with_stats(rows: _Rows) -> Tensor:
+        others, energy, total = (torch.zeros_like(rows.anchor) for _ in range(3))
+        for columns, _, z, _ in problem.tiles(rows):
+            total += z.sum(1)
+            x = z.sub_(rows.anchor[:, None])
+            e = x.exp()
+            problem.set_label(e, rows, columns, 0.0)
+            others += e.sum(1)
+            energy += x.clamp_min_(_LOWEST_LOGIT).mul_(e).sum(1)
+        odds = problem.log_odds(rows, others)
         logp = torch.nn.functional.logsigmoid(odds)
-        out["logp"][index] = logp
-        out["others_max"][index] = others.m
-        out["others_sum"][index] = others.so
-        if stats:
-            out["lse"][index] = others.z_y - logp
-            mean_energy = energy / others.so.clamp_min(torch.finfo(energy.dtype).tiny)
-            # −Σ p (z − lse): the others share 1 − p_y and z_j − lse = (z_j − m) − log so + log(1 − p_y).
-            surprise = others.so.log() - mean_energy - torch.nn.functional.logsigmoid(-odds)
-            p_others = torch.sigmoid(-odds)
-            out["entropy"][index] = torch.where(p_others > 0, p_others * surprise, 0.0) - logp.exp() * logp
-            out["mean_logit"][index] = total / problem.v
-    out["logp"] = problem.finish(out["logp"])
-    for name in names[3:]:
-        out[name] = out[name].where(problem.keep, 0.0)
+        # −Σ p (z − lse): the others share 1 − p_y, and z_j − lse = (z_j − a) − log S + log(1 − p_y)
+        surprise = others.log() - energy / others - torch.nn.functional.logsigmoid(-odds)
+        p_others = torch.sigmoid(-odds)
+        entropy = torch.where(p_others > 0, p_others * surprise, 0.0) - logp.exp() * logp
+        results = (logp, rows.anchor, others, rows.z_y - logp, entropy, total / problem.v)
+        for name, result in zip(names, results, strict=True):
+            out[name][rows.index] = result
+        return others
+
+    problem.anchored(run_with_stats if stats else run)
+    problem.finish(out["logp"])
     return ForwardOutput(**out)
 
 
 def linear_logprob_fwd_d_hidden(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs (N,) and ``∂ logp_n/∂ hidden_n`` (N, H) in hidden's dtype (fp32 for fp16), together: 4NVH FLOP."""
     problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
@@ -216,28 +270,51 @@ def linear_logprob_fwd_d_hidden(
     # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
     unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     unit_out = torch.zeros(hidden.shape, dtype=unit_dtype, device=hidden.device)
-    for index, h, y in problem.chunks():
-        others = _Others(h.shape[0], problem.buffer)
-        acc = torch.zeros(h.shape, dtype=problem.dtype, device=h.device)
-        label_slope = torch.zeros_like(others.m)
-        for _, w, z, slopes, here, column in problem.tiles(h, y):
-            rescale = others.exponentials(z, here, column)
+
+    def run(rows: _Rows) -> Tensor:
+        others = torch.zeros_like(rows.anchor)
+        product = torch.zeros(rows.hidden.shape, dtype=problem.dtype, device=hidden.device)
+        for _, w, e, slopes in problem.exponentials(rows, others):
             if slopes is not None:
-                label_slope = torch.where(here, slopes.gather(1, column)[:, 0], label_slope)
-                z.mul_(slopes)
-            acc.mul_(rescale[:, None])
-            _matmul_fp32(_operand(z, h), w, out=acc, accumulate=True)
-        odds = others.log_odds()
-        logp_out[index] = torch.nn.functional.logsigmoid(odds)
-        acc.div_(others.so.clamp_min(torch.finfo(acc.dtype).tiny)[:, None])
-        label_rows = weight[y].to(acc.dtype)
-        if problem.softcap is not None:
-            label_rows.mul_(label_slope[:, None])
-        scale = torch.sigmoid(-odds) * (problem.slope if problem.softcap is None else 1.0)
-        unit_out[index] = label_rows.sub_(acc).mul_(scale[:, None]).to(unit_out.dtype)
-    if problem.rows is None:
-        unit_out.mul_(problem.keep[:, None])
+                e.mul_(slopes)
+            _matmul_fp32(_operand(e, hidden), w, out=product, accumulate=True)
+        logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
+        at_label, scale = problem.label_weight(rows, others), problem.scale(rows, others)
+        own = weight[rows.labels].to(problem.dtype).mul_(at_label[:, None])
+        unit_out[rows.index] = own.sub_(product).mul_(scale[:, None]).to(unit_dtype)
+        return others
+
+    problem.anchored(run)
     return problem.finish(logp_out), unit_out
+
+
+def linear_logprob_fwd_exps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+) -> RowExponentials:
+    """Log-probs and all that a backward pass for a trainable head needs, kept instead of recomputed: 2NVH FLOP, and
+    V elements per row: fp32 on a CPU, hidden's dtype on CUDA."""
+    problem = _Problem(hidden, weight, labels, bias, transform, None)
+    exps = torch.empty(
+        problem.n, problem.v, dtype=hidden.dtype if hidden.is_cuda else problem.dtype, device=hidden.device
+    )
+    logp_out, scale_out = (hidden.new_zeros(problem.n, dtype=problem.dtype) for _ in range(2))
+
+    def run(rows: _Rows) -> Tensor:
+        others = torch.zeros_like(rows.anchor)
+        in_place = isinstance(rows.index, slice) and exps.dtype == problem.dtype
+        for columns, _, e, slopes in problem.exponentials(rows, others, exps[rows.index] if in_place else None):
+            if slopes is not None:
+                e.mul_(slopes)
+            if not in_place:
+                exps[rows.index, columns] = e.to(exps.dtype)
+        logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
+        index = torch.arange(problem.n, device=hidden.device)[rows.index]
+        exps[index, rows.labels] = -problem.label_weight(rows, others).to(exps.dtype)
+        scale_out[rows.index] = problem.scale(rows, others)
+        return others
+
+    problem.anchored(run)
+    return RowExponentials(problem.finish(logp_out), exps, scale_out)
 
 
 def linear_logprob_bwd(
@@ -246,53 +323,90 @@ def linear_logprob_bwd(
     labels: Tensor,
     bias: Tensor | None,
     transform: LogitTransform,
-    ignore_index: int,
+    ignore_index: int | None,
     forward: ForwardOutput,
     d_logp: Tensor,
     *,
     need_d_hidden: bool,
     need_d_weight: bool,
     need_d_bias: bool,
+    add_to: HeadSums | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from recomputed logits: 2NVH FLOP plus 2NVH for each of ``d_hidden`` and ``d_weight``.
 
-    With ``E_j = exp(z_j − m)`` and ``E_y = −so`` instead, ∂ log p_y/∂z = −E (1 − p_y)/so: one factor per row, which
-    goes with the upstream gradient to the N x H side. Shifting by m rather than by the rounded log-sum-exp keeps rows
-    whose logits are in the hundreds as accurate as a softmax that stored its result.
+    With ``E_y = −S``, ∂ log p_y/∂z = −E (1 − p_y)/S: one factor per row, which goes with the upstream gradient to the
+    N x H side. Shifting by an anchor rather than by the rounded log-sum-exp keeps rows whose logits are in the hundreds
+    as accurate as a softmax that stored its result.
 
-    ``d_weight`` is summed in fp32, which for half-precision weights takes a buffer of 4·V·H bytes.
+    ``d_weight`` and ``d_bias`` are summed in fp32: in ``add_to``, and then not returned, or in buffers of their own.
     """
     problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
+    if (sums := add_to) is None:
+        sums = HeadSums.zeros(weight if need_d_weight else None, bias if need_d_bias else None)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_d_hidden else None
-    d_weight = torch.zeros(weight.shape, dtype=problem.dtype, device=weight.device) if need_d_weight else None
-    d_bias = torch.zeros(problem.v, dtype=problem.dtype, device=weight.device) if need_d_bias else None
-    d_logp = d_logp.to(problem.dtype).where(problem.keep, 0.0)
-    for index, h, y in problem.chunks():
-        m, so = forward.others_max[index], forward.others_sum[index]
+    for rows in problem.chunks():
+        rows = rows._replace(anchor=forward.anchor[rows.index])
+        others, logp = forward.others_sum[rows.index], forward.logp[rows.index]
         # expm1(logp) = −(1 − p_y), to full relative accuracy.
-        row_factor = d_logp[index] * torch.expm1(forward.logp[index]) / so.clamp_min(torch.finfo(so.dtype).tiny)
+        factor = d_logp[rows.index] * torch.expm1(logp) / others.clamp_min(torch.finfo(problem.dtype).tiny)
         if problem.softcap is None:
-            row_factor = row_factor * problem.slope
-        acc = torch.zeros(h.shape, dtype=problem.dtype, device=h.device) if need_d_hidden else None
-        scaled_hidden = _operand(h.to(problem.dtype) * row_factor[:, None], h) if need_d_weight else None
-        for columns, w, z, slopes, here, column in problem.tiles(h, y):
-            z.sub_(m[:, None])
-            z.exp_()
-            at_label = torch.where(here, -so, z.gather(1, column)[:, 0])
-            z.scatter_(1, column, at_label[:, None])
+            factor = factor * problem.pre
+        product = torch.zeros(rows.hidden.shape, dtype=problem.dtype, device=hidden.device) if need_d_hidden else None
+        scaled = _operand(rows.hidden.to(problem.dtype) * factor[:, None], hidden)
+        for columns, w, z, slopes in problem.tiles(rows):
+            e = z.sub_(rows.anchor[:, None]).exp_()
+            problem.set_label(e, rows, columns, -others)
             if slopes is not None:
-                z.mul_(slopes)
-            if need_d_bias:
-                d_bias[columns].add_(torch.mv(z.t(), row_factor))
-            e = _operand(z, h)
-            if need_d_hidden:
-                _matmul_fp32(e, w, out=acc, accumulate=True)
-            if need_d_weight:
-                _matmul_fp32(e.t(), scaled_hidden, out=d_weight[columns], accumulate=True)
+                e.mul_(slopes)
+            _add_products(_operand(e, hidden), w, scaled, factor, product, columns, sums)
         if need_d_hidden:
-            d_hidden[index] = acc.mul_(row_factor[:, None]).to(d_hidden.dtype)
+            d_hidden[rows.index] = product.mul_(factor[:, None]).to(hidden.dtype)
+    if add_to is not None:
+        return d_hidden, None, None
     return (
         d_hidden,
-        None if d_weight is None else d_weight.to(weight.dtype),
-        None if d_bias is None else d_bias.to(bias.dtype),
+        sums.d_weight.to(weight.dtype) if need_d_weight else None,
+        sums.d_bias.to(bias.dtype) if need_d_bias else None,
     )
+
+
+def linear_logprob_bwd_exps(
+    hidden: Tensor,
+    weight: Tensor,
+    kept: RowExponentials,
+    d_logp: Tensor,
+    *,
+    need_d_hidden: bool,
+    add_to: HeadSums,
+) -> Tensor | None:
+    """As `linear_logprob_bwd`, from kept exponentials: 2NVH FLOP for each of ``d_hidden``, which is returned, and
+    ``d_weight``."""
+    dtype = _compute_dtype(hidden)
+    factor = -d_logp * kept.scale
+    product = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_d_hidden else None
+    scaled = _operand(hidden.to(dtype) * factor[:, None], hidden)
+    n, v = kept.exps.shape
+    width = _tile_shape(n, v, hidden.device)[1]
+    for start in range(0, v, width):
+        columns = slice(start, min(start + width, v))
+        w = weight[columns] if hidden.is_cuda else weight[columns].to(dtype)
+        _add_products(kept.exps[:, columns], w, scaled, factor, product, columns, add_to)
+    return product.mul_(factor[:, None]).to(hidden.dtype) if need_d_hidden else None
+
+
+def _add_products(
+    e: Tensor,
+    w: Tensor,
+    scaled: Tensor,
+    factor: Tensor,
+    product: Tensor | None,
+    columns: slice,
+    sums: HeadSums,
+) -> None:
+    """What one tile of exponentials adds to the gradients."""
+    if product is not None:
+        _matmul_fp32(e, w, out=product, accumulate=True)
+    if sums.d_weight is not None:
+        _matmul_fp32(e.t(), scaled, out=sums.d_weight[columns], accumulate=True)
+    if sums.d_bias is not None:
+        sums.d_bias[columns].add_(torch.mv(e.t(), factor.to(e.dtype)))

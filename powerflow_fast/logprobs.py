@@ -20,7 +20,7 @@ from .dispatch import (
     resolve_backend,
     values_are_readable,
 )
-from .kernels.types import ForwardOutput, LogitTransform
+from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
 
 __all__ = ["LogprobStats", "linear_logprob_stats", "linear_logprobs", "sequence_logprobs"]
 
@@ -34,8 +34,8 @@ class LogprobStats(NamedTuple):
     mean_logit: Tensor
 
 
-def _implementation(backend: Backend, hidden: Tensor) -> types.SimpleNamespace | types.ModuleType:
-    """The three launchers of the backend that will run."""
+def implementation_for(backend: Backend, hidden: Tensor) -> types.SimpleNamespace | types.ModuleType:
+    """The launchers of the backend that will run."""
     if resolve_backend(backend, hidden.device, hidden.dtype) == "torch":
         return chunked
     from .kernels import linear_logprob_bwd, linear_logprob_fwd
@@ -43,7 +43,9 @@ def _implementation(backend: Backend, hidden: Tensor) -> types.SimpleNamespace |
     return types.SimpleNamespace(
         linear_logprob_fwd=linear_logprob_fwd.linear_logprob_fwd,
         linear_logprob_fwd_d_hidden=linear_logprob_fwd.linear_logprob_fwd_d_hidden,
+        linear_logprob_fwd_exps=linear_logprob_fwd.linear_logprob_fwd_exps,
         linear_logprob_bwd=linear_logprob_bwd.linear_logprob_bwd,
+        linear_logprob_bwd_exps=linear_logprob_bwd.linear_logprob_bwd_exps,
     )
 
 
@@ -71,16 +73,28 @@ def refuse_second_derivative(op: str, gradient: Tensor | None) -> Tensor | None:
     return _RefuseSecondDerivative.apply(gradient, torch.zeros((), requires_grad=True), op)
 
 
+def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor) -> int:
+    """Rows whose exponentials fit into ``cache_bytes``: fp32 on a CPU, elsewhere hidden's dtype.
+
+    None of float16: its range is too short for exponentials whose factor comes only later.
+    """
+    if hidden.dtype == torch.float16:
+        return 0
+    element = max(4, hidden.element_size()) if hidden.device.type == "cpu" else hidden.element_size()
+    return cache_bytes // (weight.shape[0] * element)
+
+
 class LinearLogprobsFunction(torch.autograd.Function):
     """Chooses the cheapest pass for the inputs that need a gradient.
 
     Only ``hidden``: the gradient is made in the forward pass up to the upstream factor, and backward scales its rows
     (4NVH FLOP in all, N·H saved). Otherwise: forward saves three numbers per row and backward recomputes the logits
-    (8NVH when both hidden and weight are trained).
+    (8NVH when both hidden and weight are trained), except for the rows whose exponentials fit into ``cache_bytes``
+    (6NVH).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation):
+    def forward(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes):
         needs = ctx.needs_input_grad
         ctx.dtype = hidden.dtype
         ctx.only_hidden = needs[0] and not needs[1] and not needs[3]
@@ -90,10 +104,19 @@ class LinearLogprobsFunction(torch.autograd.Function):
             )
             ctx.save_for_backward(unit)
             return logp
-        out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index)
-        ctx.save_for_backward(hidden, weight, labels, bias, *out[:3])
         ctx.transform, ctx.ignore_index, ctx.implementation = transform, ignore_index, implementation
-        return out.logp
+        count = kept_rows(cache_bytes, hidden, weight)
+        if count == 0:
+            out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index)
+            ctx.save_for_backward(hidden, weight, labels, bias, None, None, None, *out[:3])
+            return out.logp
+        # the budget is for rows that count; to find them the host waits for the device
+        rows = (labels != ignore_index).nonzero()[:, 0][:count]
+        exps = implementation.linear_logprob_fwd_exps(hidden[rows], weight, labels[rows], bias, transform)
+        rest = labels.index_fill(0, rows, ignore_index)
+        out = implementation.linear_logprob_fwd(hidden, weight, rest, bias, transform, ignore_index)
+        ctx.save_for_backward(hidden, weight, rest, bias, rows, exps.exps, exps.scale, *out[:3])
+        return out.logp.index_copy(0, rows, exps.logp)
 
     @staticmethod
     def backward(ctx, d_logp):
@@ -101,31 +124,45 @@ class LinearLogprobsFunction(torch.autograd.Function):
             d_hidden, d_weight, d_bias = LinearLogprobsFunction._gradients(ctx, d_logp)
         grads = (refuse_second_derivative("linear_logprobs", g) for g in (d_hidden, d_weight, d_bias))
         d_hidden, d_weight, d_bias = grads
-        return d_hidden, d_weight, None, d_bias, None, None, None
+        return d_hidden, d_weight, None, d_bias, None, None, None, None
 
     @staticmethod
     def _gradients(ctx, d_logp):
         if ctx.only_hidden:
             (unit,) = ctx.saved_tensors
             return torch.mul(unit, d_logp[:, None]).to(ctx.dtype), None, None
-        hidden, weight, labels, bias, *forward = ctx.saved_tensors
-        return ctx.implementation.linear_logprob_bwd(
-            hidden,
-            weight,
-            labels,
-            bias,
-            ctx.transform,
-            ctx.ignore_index,
-            ForwardOutput(*forward),
-            d_logp,
-            need_d_hidden=ctx.needs_input_grad[0],
-            need_d_weight=ctx.needs_input_grad[1],
-            need_d_bias=ctx.needs_input_grad[3],
+        hidden, weight, labels, bias, rows, exps, scale, *forward = ctx.saved_tensors
+        need_d_hidden, need_d_weight, need_d_bias = (ctx.needs_input_grad[i] for i in (0, 1, 3))
+        needs = {"need_d_weight": need_d_weight, "need_d_bias": need_d_bias, "need_d_hidden": need_d_hidden}
+        arguments = (hidden, weight, labels, bias, ctx.transform, ctx.ignore_index, ForwardOutput(*forward), d_logp)
+        if rows is None:
+            return ctx.implementation.linear_logprob_bwd(*arguments, **needs)
+        sums = HeadSums.zeros(weight if need_d_weight else None, bias if need_d_bias else None)
+        d_hidden = ctx.implementation.linear_logprob_bwd(*arguments, **needs, add_to=sums)[0]
+        kept = RowExponentials(d_logp, exps, scale)
+        part = ctx.implementation.linear_logprob_bwd_exps(
+            hidden[rows], weight, kept, d_logp[rows], need_d_hidden=need_d_hidden, add_to=sums
+        )
+        if need_d_hidden:
+            d_hidden.index_copy_(0, rows, part)
+        return (
+            d_hidden,
+            sums.d_weight.to(weight.dtype) if need_d_weight else None,
+            sums.d_bias.to(bias.dtype) if need_d_bias else None,
         )
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def check_cache_bytes(op: str, cache_bytes: int) -> None:
+    if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
+        raise TypeError(f"{op}: cache_bytes must be an int, got {type(cache_bytes).__name__}")
+    if cache_bytes < 0:
+        raise ValueError(f"{op}: cache_bytes must be >= 0, got {cache_bytes}")
+
+
+def autocast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Inside ``torch.autocast`` a head takes part as ``torch.nn.Linear`` does: its operands in the autocast dtype."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors  # the check that follows names it
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -144,6 +181,7 @@ def linear_logprobs(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     backend: Backend = "auto",
+    cache_bytes: int = 0,
 ) -> Tensor:
     """Log-probability of each label under a linear head. In plain torch:
 
@@ -165,14 +203,17 @@ def linear_logprobs(
         logit_softcap: bound of ``cap · tanh(z / cap)`` (Gemma), or None.
         ignore_index: label of rows to leave out.
         backend: ``"auto"`` (Triton on a CUDA device of capability >= 8.0, else torch), or one of them by name.
+        cache_bytes: with a trainable head, memory in which exponentials of the logits may wait for the backward pass
+            instead of being recomputed: V elements per row, fp32 on a CPU, hidden's dtype on a GPU (float16: not kept).
 
     Returns:
         (N,) fp32, nats.
 
     Inputs that need no gradient cost nothing. FLOP: 2NVH without gradients; 4NVH forward and backward when only
     ``hidden`` needs one (the gradient is produced in the forward pass, N·H elements are saved); 8NVH for a trainable
-    head. Extra memory: one tile buffer (CPU: 32 MiB, and as much again with a softcap) plus 4·H bytes per row of a
-    tile; a trainable half-precision head adds 4·V·H bytes to sum its gradient in fp32. None of it grows with N.
+    head, 6NVH for the rows that ``cache_bytes`` holds. Extra memory: one tile buffer (CPU: 32 MiB, and as much again
+    with a softcap) plus 4·H bytes per row of a tile; a trainable half-precision head adds 4·V·H bytes to sum its
+    gradient in fp32. None of it grows with N. ``linear_la_tb_loss`` trains a head at 6NVH without a cache.
     Under ``torch.autocast`` hidden, weight and bias are cast to the autocast dtype, as for ``torch.nn.Linear``.
 
     Raises:
@@ -182,13 +223,15 @@ def linear_logprobs(
 
     Source: the method's s and r terms, PowerFlow (arXiv 2603.18363); the tiling is ours.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias) if isinstance(hidden, Tensor) else (hidden, weight, bias)
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     transform = check_linear_inputs("linear_logprobs", hidden, weight, labels, bias, transform, ignore_index)
-    implementation = _implementation(backend, hidden)
+    check_cache_bytes("linear_logprobs", cache_bytes)
+    implementation = implementation_for(backend, hidden)
     inputs = (hidden, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return LinearLogprobsFunction.apply(hidden, weight, labels, bias, transform, ignore_index, implementation)
+        arguments = (hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes)
+        return LinearLogprobsFunction.apply(*arguments)
     return implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index).logp
 
 
@@ -280,9 +323,9 @@ def linear_logprob_stats(
 
     Arguments, memory and errors are those of ``linear_logprobs``; each result is (N,) fp32, 0 at ignored rows.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias) if isinstance(hidden, Tensor) else (hidden, weight, bias)
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     transform = check_linear_inputs("linear_logprob_stats", hidden, weight, labels, bias, transform, ignore_index)
-    implementation = _implementation(backend, hidden)
+    implementation = implementation_for(backend, hidden)
     out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index, stats=True)
     return LogprobStats(out.logp, out.lse, out.entropy, out.mean_logit)

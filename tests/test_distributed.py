@@ -37,7 +37,8 @@ def run(log_z, name, max_steps, resume=None):
         output_dir=f"{folder}/{log_z}-{name}", log_z=log_z, num_generations=4, gradient_accumulation_steps=2,
         per_device_train_batch_size=8 // processes, max_completion_length=6, max_prompt_length=16, learning_rate=1e-3,
         max_steps=max_steps, num_iterations=2, num_sample_prompts=0, self_check=False, resume_from_checkpoint=resume,
-        lr_scheduler_type="constant", adam_epsilon=1e-2,  # else Adam turns rounding of tiny gradients into whole steps
+        lr_scheduler_type="constant", bf16=False,  # "auto" rounds gradients to bf16 on CPUs that multiply it fast
+        adam_epsilon=1e-2,  # else Adam turns rounding of tiny gradients into whole steps
     )
     rank = accelerate.PartialState().process_index
     torch.save({n: p.detach() for n, p in result.model.named_parameters()}, f"{folder}/{log_z}-{name}-rank{rank}")

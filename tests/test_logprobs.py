@@ -289,9 +289,9 @@ def test_no_wasted_work(monkeypatch):
 
         return wrapper
 
-    names = ("linear_logprob_fwd", "linear_logprob_fwd_d_hidden", "linear_logprob_bwd")
+    names = [name for name in vars(chunked) if name.startswith("linear_logprob_")]
     spies = types.SimpleNamespace(**{name: recorded(name) for name in names})
-    monkeypatch.setattr(logprobs, "_implementation", lambda *_: spies)
+    monkeypatch.setattr(logprobs, "implementation_for", lambda *_: spies)
     case = make_case(torch.float32)
     case.run(linear_logprobs, None, {"weight": False})
     assert [name for name, _ in calls] == ["linear_logprob_fwd_d_hidden"]

@@ -50,7 +50,7 @@ class Case:
     def run(self) -> dict[str, torch.Tensor]:
         """The launchers' results by name."""
         stats, forward, unit, grads = self.run_launchers()
-        out = {name: x for name, x in stats._asdict().items() if not name.startswith("others")}
+        out = {name: x for name, x in stats._asdict().items() if name not in ("anchor", "others_sum")}
         out |= {"logp without stats": forward.logp, "logp of unit": unit[0], "unit": unit[1]}
         names = ("d_hidden", "d_weight", "d_bias")
         return out | {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
