@@ -477,3 +477,8 @@ def linear_logprob_fwd_exps(
             BLOCK_N=64, BLOCK_T=32, HAS_SOFTCAP=softcap,
         )  # fmt: skip
     return RowExponentials(logp, exps[:, :v], scale)
+
+
+def kept_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the exponentials that `linear_logprob_fwd_exps` keeps."""
+    return hidden.dtype

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
+from .products import HALF, Products, products_for
 
 # Finite, so that a logit of −inf (a bias that rules a token out) times its probability of 0 is 0.
 _LOWEST_LOGIT = -1e30
@@ -41,29 +42,6 @@ def _tile_shape(n: int, v: int, device: torch.device) -> tuple[int, int]:
     rows, elements = (1024, 1 << 23) if device.type == "cpu" else (4096, 1 << 26)
     rows = max(1, min(n, rows))
     return rows, min(v, max(256, elements // rows))
-
-
-def _matmul_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-    """``a @ b`` in fp32 (``out += a @ b`` with accumulate). Half-precision operands stay so on CUDA's tensor cores."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(a, b, out_dtype=torch.float32)
-        if out is None:
-            return product
-        return out.add_(product) if accumulate else out.copy_(product)
-    # A CPU's half-precision product would round the logits to 8 bits; fp32 inputs keep them.
-    a, b = a.to(_compute_dtype(a)), b.to(_compute_dtype(b))
-    if out is None:
-        return torch.mm(a, b)
-    return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _operand(e: Tensor, like: Tensor) -> Tensor:
-    """A tile of weights for the second product: the inputs' dtype on CUDA, fp32 elsewhere."""
-    return e.to(like.dtype) if like.is_cuda else e
 
 
 class _Rows(NamedTuple):
@@ -101,11 +79,13 @@ class _Problem:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.n, self.v = hidden.shape[0], weight.shape[0]
         temperature, scale, self.softcap = transform
-        # Without a softcap both factors are one multiplication, applied to the small operand.
+        # Without a softcap both factors are one multiplication, applied to the small operand where that is fp32.
         self.pre = scale if self.softcap is not None else scale / temperature
         self.post = 1.0 / temperature
-        self.dtype = _compute_dtype(hidden)
-        self.half_on_cuda = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
+        self.products = products_for(hidden)
+        self.dtype = self.products.dtype
+        # Half-precision operands stay as they are, so the factor goes to their fp32 product instead.
+        self.scaled_later = self.pre if self.products.operand_dtype in HALF else 1.0
         keep = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
         in_range = (labels >= 0) & (labels < self.v)
         self.labels = labels.where(keep & in_range, 0)
@@ -143,18 +123,16 @@ class _Problem:
         The logits lie in the buffer, which the next tile overwrites, or in the columns of ``out`` (rows, V).
         """
         r = rows.hidden.shape[0]
-        operand = rows.hidden if self.half_on_cuda else rows.hidden.to(self.dtype) * self.pre
+        operand = rows.hidden if self.products.operand_dtype in HALF else rows.hidden.to(self.dtype) * self.pre
         for start in range(0, self.v, self.columns):
             columns = slice(start, min(start + self.columns, self.v))
-            w = self.weight[columns]
-            if not self.half_on_cuda:
-                w = w.to(self.dtype)
+            w = self.weight[columns].to(self.products.operand_dtype)
             width = w.shape[0]
             z = self.buffer[: r * width].view(r, width) if out is None else out[:, columns]
             slopes = None if self.slopes is None else self.slopes[: r * width].view(r, width)
-            _matmul_fp32(operand, w.t(), out=z)
-            if self.half_on_cuda and self.pre != 1.0:
-                z.mul_(self.pre)
+            self.products.logits(operand, w, z)
+            if self.scaled_later != 1.0:
+                z.mul_(self.scaled_later)
             if self.bias is not None:
                 z.add_(self.bias[columns].to(self.dtype), alpha=self.pre)
             self._transform(z, slopes)
@@ -180,7 +158,7 @@ class _Problem:
         """``run`` writes the results of some rows and returns their S. Rows where it is out of range run once more."""
         for rows in self.chunks():
             # float16 operands of a second product would end at 65504: their exponentials must not exceed one
-            if self.half_on_cuda and self.hidden.dtype == torch.float16:
+            if self.products.operand_dtype == torch.float16:
                 rows = rows._replace(anchor=self.row_max(rows))
             outside = (~(run(rows) <= _LARGEST_SUM)).nonzero()[:, 0]
             if outside.numel():
@@ -277,7 +255,7 @@ def linear_logprob_fwd_d_hidden(
         for _, w, e, slopes in problem.exponentials(rows, others):
             if slopes is not None:
                 e.mul_(slopes)
-            _matmul_fp32(_operand(e, hidden), w, out=product, accumulate=True)
+            problem.products.accumulate(e.to(w.dtype), w, product)
         logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
         at_label, scale = problem.label_weight(rows, others), problem.scale(rows, others)
         own = weight[rows.labels].to(problem.dtype).mul_(at_label[:, None])
@@ -292,11 +270,9 @@ def linear_logprob_fwd_exps(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
 ) -> RowExponentials:
     """Log-probs and all that a backward pass for a trainable head needs, kept instead of recomputed: 2NVH FLOP, and
-    V elements per row: fp32 on a CPU, hidden's dtype on CUDA."""
+    V elements per row: in half precision where the products take it, else fp32."""
     problem = _Problem(hidden, weight, labels, bias, transform, None)
-    exps = torch.empty(
-        problem.n, problem.v, dtype=hidden.dtype if hidden.is_cuda else problem.dtype, device=hidden.device
-    )
+    exps = hidden.new_empty(problem.n, problem.v, dtype=problem.products.operand_dtype)
     logp_out, scale_out = (hidden.new_zeros(problem.n, dtype=problem.dtype) for _ in range(2))
 
     def run(rows: _Rows) -> Tensor:
@@ -352,13 +328,13 @@ def linear_logprob_bwd(
         if problem.softcap is None:
             factor = factor * problem.pre
         product = torch.zeros(rows.hidden.shape, dtype=problem.dtype, device=hidden.device) if need_d_hidden else None
-        scaled = _operand(rows.hidden.to(problem.dtype) * factor[:, None], hidden)
+        scaled = (rows.hidden.to(problem.dtype) * factor[:, None]).to(problem.products.operand_dtype)
         for columns, w, z, slopes in problem.tiles(rows):
             e = z.sub_(rows.anchor[:, None]).exp_()
             problem.set_label(e, rows, columns, -others)
             if slopes is not None:
                 e.mul_(slopes)
-            _add_products(_operand(e, hidden), w, scaled, factor, product, columns, sums)
+            _add_products(problem.products, e.to(w.dtype), w, scaled, factor, product, columns, sums)
         if need_d_hidden:
             d_hidden[rows.index] = product.mul_(factor[:, None]).to(hidden.dtype)
     if add_to is not None:
@@ -381,20 +357,22 @@ def linear_logprob_bwd_exps(
 ) -> Tensor | None:
     """As `linear_logprob_bwd`, from kept exponentials: 2NVH FLOP for each of ``d_hidden``, which is returned, and
     ``d_weight``."""
-    dtype = _compute_dtype(hidden)
+    products = products_for(hidden)
+    dtype = products.operand_dtype
     factor = -d_logp * kept.scale
-    product = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_d_hidden else None
-    scaled = _operand(hidden.to(dtype) * factor[:, None], hidden)
+    product = torch.zeros(hidden.shape, dtype=products.dtype, device=hidden.device) if need_d_hidden else None
+    scaled = (hidden * factor[:, None]).to(dtype)
     n, v = kept.exps.shape
     width = _tile_shape(n, v, hidden.device)[1]
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
-        w = weight[columns] if hidden.is_cuda else weight[columns].to(dtype)
-        _add_products(kept.exps[:, columns], w, scaled, factor, product, columns, add_to)
+        w = weight[columns].to(dtype)
+        _add_products(products, kept.exps[:, columns], w, scaled, factor, product, columns, add_to)
     return product.mul_(factor[:, None]).to(hidden.dtype) if need_d_hidden else None
 
 
 def _add_products(
+    products: Products,
     e: Tensor,
     w: Tensor,
     scaled: Tensor,
@@ -405,8 +383,13 @@ def _add_products(
 ) -> None:
     """What one tile of exponentials adds to the gradients."""
     if product is not None:
-        _matmul_fp32(e, w, out=product, accumulate=True)
+        products.accumulate(e, w, product)
     if sums.d_weight is not None:
-        _matmul_fp32(e.t(), scaled, out=sums.d_weight[columns], accumulate=True)
+        products.accumulate(e.t(), scaled, sums.d_weight[columns])
     if sums.d_bias is not None:
-        sums.d_bias[columns].add_(torch.mv(e.t(), factor.to(e.dtype)))
+        products.accumulate(e.t(), factor.to(e.dtype)[:, None], sums.d_bias[columns, None])
+
+
+def kept_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the exponentials that `linear_logprob_fwd_exps` keeps."""
+    return products_for(hidden).operand_dtype

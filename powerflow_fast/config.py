@@ -277,9 +277,9 @@ class PowerFlowConfig:
         if device_type == "cuda":
             return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         if device_type == "cpu":
-            # torch has no public test for these two instruction sets in every version we support.
-            probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-            return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+            from .products import cpu_multiplies_bf16
+
+            return cpu_multiplies_bf16()
         return False
 
     # Dicts, files, resume

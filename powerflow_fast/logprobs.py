@@ -46,6 +46,7 @@ def implementation_for(backend: Backend, hidden: Tensor) -> types.SimpleNamespac
         linear_logprob_fwd_exps=linear_logprob_fwd.linear_logprob_fwd_exps,
         linear_logprob_bwd=linear_logprob_bwd.linear_logprob_bwd,
         linear_logprob_bwd_exps=linear_logprob_bwd.linear_logprob_bwd_exps,
+        kept_dtype=linear_logprob_fwd.kept_dtype,
     )
 
 
@@ -73,15 +74,14 @@ def refuse_second_derivative(op: str, gradient: Tensor | None) -> Tensor | None:
     return _RefuseSecondDerivative.apply(gradient, torch.zeros((), requires_grad=True), op)
 
 
-def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor) -> int:
-    """Rows whose exponentials fit into ``cache_bytes``: fp32 on a CPU, elsewhere hidden's dtype.
+def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor, implementation: object) -> int:
+    """Rows whose exponentials fit into ``cache_bytes``.
 
     None of float16: its range is too short for exponentials whose factor comes only later.
     """
-    if hidden.dtype == torch.float16:
+    if cache_bytes == 0 or hidden.dtype == torch.float16:
         return 0
-    element = max(4, hidden.element_size()) if hidden.device.type == "cpu" else hidden.element_size()
-    return cache_bytes // (weight.shape[0] * element)
+    return cache_bytes // (weight.shape[0] * implementation.kept_dtype(hidden).itemsize)
 
 
 class LinearLogprobsFunction(torch.autograd.Function):
@@ -105,7 +105,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
             ctx.save_for_backward(unit)
             return logp
         ctx.transform, ctx.ignore_index, ctx.implementation = transform, ignore_index, implementation
-        count = kept_rows(cache_bytes, hidden, weight)
+        count = kept_rows(cache_bytes, hidden, weight, implementation)
         if count == 0:
             out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index)
             ctx.save_for_backward(hidden, weight, labels, bias, None, None, None, *out[:3])
@@ -204,7 +204,8 @@ def linear_logprobs(
         ignore_index: label of rows to leave out.
         backend: ``"auto"`` (Triton on a CUDA device of capability >= 8.0, else torch), or one of them by name.
         cache_bytes: with a trainable head, memory in which exponentials of the logits may wait for the backward pass
-            instead of being recomputed: V elements per row, fp32 on a CPU, hidden's dtype on a GPU (float16: not kept).
+            instead of being recomputed: V elements per row, in hidden's dtype, or fp32 on a CPU that doesn't multiply
+            bf16 natively; float16 is never kept.
 
     Returns:
         (N,) fp32, nats.
