@@ -157,5 +157,5 @@ def linear_logprob_bwd_exps(
     if add_to.d_weight is not None:
         add_matmul_fp32_(add_to.d_weight, kept.exps.t(), (hidden * factor).to(hidden.dtype))
     if add_to.d_bias is not None:
-        add_to.d_bias += matmul_fp32(kept.exps.t(), factor.to(hidden.dtype))[:, 0]
+        add_to.d_bias.add_(matmul_fp32(kept.exps.t(), factor.to(hidden.dtype))[:, 0])
     return (matmul_fp32(kept.exps, weight) * factor).to(hidden.dtype) if need_d_hidden else None

@@ -32,8 +32,9 @@ def _mount_kernels() -> None:
 _mount_kernels()
 
 from .config import PowerFlowConfig  # noqa: E402  (the kernels are mounted first)
+from .linear_la_tb import linear_la_tb_loss  # noqa: E402
 from .logprobs import LogprobStats, linear_logprob_stats, linear_logprobs, sequence_logprobs  # noqa: E402
-from .objectives import LATBOutput, la_tb_loss, linear_la_tb_loss  # noqa: E402
+from .objectives import LATBOutput, la_tb_loss  # noqa: E402
 from .partition import LogZHead, group_log_z  # noqa: E402
 
 if TYPE_CHECKING:

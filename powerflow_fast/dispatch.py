@@ -99,10 +99,10 @@ def check_linear_inputs(
     labels: Tensor,
     bias: Tensor | None,
     transform: LogitTransform,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> LogitTransform:
-    """Raise on anything the kernels cannot take; return the transform as plain floats."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    """Raise on anything the kernels cannot take; return the transform as plain floats. None: no row is ignored."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | None):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not isinstance(tensor, Tensor):
@@ -127,13 +127,13 @@ def check_linear_inputs(
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{op}: {name} must be on hidden's device {hidden.device}, got {tensor.device}")
     if values_are_readable(labels) and n:
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= v))
+        wrong = (labels < 0) | (labels >= v)
+        if ignore_index is not None:
+            wrong &= labels != ignore_index
         if wrong.any():
             row = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"{op}: labels must lie in [0, V)=[0, {v}) or equal ignore_index={ignore_index}, "
-                f"got labels[{row}]={int(labels[row])}"
-            )
+            ignored = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
+            raise ValueError(f"{op}: labels must lie in [0, V)=[0, {v}){ignored}, got labels[{row}]={int(labels[row])}")
     softcap = transform.logit_softcap
     return LogitTransform(
         require_positive(op, "temperature", transform.temperature),

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .dispatch import Backend, require_positive, require_tensor, values_are_readable
-from .logprobs import check_cu_seqlens, linear_logprobs, refuse_second_derivative, segment_sum
+from .dispatch import require_positive, require_tensor
+from .logprobs import check_cu_seqlens, refuse_second_derivative, segment_sum
 
-__all__ = ["LATBOutput", "la_tb_loss", "linear_la_tb_loss"]
+__all__ = ["LATBOutput", "la_tb_loss"]
 
 ImportanceLevel = Literal["sequence", "length_normalized"]
 
@@ -104,63 +104,6 @@ def la_tb_loss(
     )
 
 
-def linear_la_tb_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    base_logps: Tensor,
-    log_z: Tensor,
-    *,
-    alpha: float,
-    psi: Tensor | None = None,
-    old_logps: Tensor | None = None,
-    clip: tuple[float, float] = (0.8, 1.2),
-    importance_level: ImportanceLevel = "sequence",
-    num_sequences: int | None = None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    backend: Backend = "auto",
-) -> LATBOutput:
-    """LA-TB loss from hidden states: ``la_tb_loss(linear_logprobs(hidden, weight, labels, ...), base_logps, ...)``.
-
-    Arguments, gradients (hidden, weight, bias, log_z), memory and errors are those of ``linear_logprobs`` and
-    ``la_tb_loss``; hidden is (N, H), weight (V, H), labels (N,) and the (B,) inputs are fp32. Every packed row counts
-    in a completion's length, so labels can't hold ``-100``: leave such rows out when packing. That is checked on a CPU.
-    """
-    if isinstance(labels, Tensor) and values_are_readable(labels) and bool((labels == -100).any()):
-        row = int((labels == -100).nonzero()[0])
-        raise ValueError(
-            f"linear_la_tb_loss: labels must not hold ignored rows, got labels[{row}]=-100: "
-            "every packed row counts in a completion's length"
-        )
-    logps = linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        backend=backend,
-    )
-    return la_tb(
-        "linear_la_tb_loss",
-        logps,
-        base_logps,
-        log_z,
-        cu_seqlens,
-        alpha=alpha,
-        psi=psi,
-        old_logps=old_logps,
-        clip=clip,
-        importance_level=importance_level,
-        num_sequences=num_sequences,
-    )
-
-
 def la_tb(
     op: str,
     logps: Tensor,
@@ -176,6 +119,29 @@ def la_tb(
     num_sequences: int | None,
 ) -> LATBOutput:
     """``la_tb_loss`` under the name ``op`` of the public function that was called, for the error messages."""
+    inputs = (logps, base_logps, log_z, cu_seqlens, psi, old_logps)
+    options = check_la_tb(
+        op, *inputs, alpha=alpha, clip=clip, importance_level=importance_level, num_sequences=num_sequences
+    )
+    implementation = torch.ops.powerflow_fast.la_tb if _has_kernel(op, logps.device.type) else _la_tb_torch
+    return LATBOutput(*implementation(*inputs, *options)[:4])
+
+
+def check_la_tb(
+    op: str,
+    logps: Tensor,
+    base_logps: Tensor,
+    log_z: Tensor,
+    cu_seqlens: Tensor,
+    psi: Tensor | None,
+    old_logps: Tensor | None,
+    *,
+    alpha: float,
+    clip: tuple[float, float],
+    importance_level: ImportanceLevel,
+    num_sequences: int | None,
+) -> tuple[float, float, float, bool, int]:
+    """Raise on anything the op cannot take; return its options: alpha, clip, length-normalised, the divisor or 0."""
     _check_tensors(op, logps, base_logps, log_z, cu_seqlens, psi, old_logps)
     alpha = require_positive(op, "alpha", alpha)
     low, high = _check_clip(op, clip)
@@ -187,10 +153,7 @@ def la_tb(
         raise TypeError(f"{op}: num_sequences must be an int or None, got {type(num_sequences).__name__}")
     elif num_sequences < 0:
         raise ValueError(f"{op}: num_sequences must be >= 0, got {num_sequences}")
-    implementation = torch.ops.powerflow_fast.la_tb if _has_kernel(op, logps.device.type) else _la_tb_torch
-    length_normalized = importance_level == "length_normalized"
-    inputs = (logps, base_logps, log_z, cu_seqlens, psi, old_logps)
-    return LATBOutput(*implementation(*inputs, alpha, low, high, length_normalized, num_sequences)[:4])
+    return alpha, low, high, importance_level == "length_normalized", num_sequences
 
 
 def _la_tb_torch(

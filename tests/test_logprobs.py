@@ -109,6 +109,26 @@ def test_value_and_gradients(backend, dtype, transform, frozen, check_accuracy):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [9, 1000])
+@pytest.mark.parametrize("frozen", ["none", "hidden"])
+def test_kept_exponentials(backend, dtype, rows, frozen, check_accuracy):
+    """A trainable head with a cache for some or all of its rows, ignored ones among them."""
+    case = make_case(dtype, logit_softcap=5.0, bias=True, sharpness=4.0)
+    case.options["cache_bytes"] = rows * 131 * 4
+    trainable = {"hidden": False} if frozen == "hidden" else {}
+    ours, grads = case.run(linear_logprobs, None, trainable, backend=backend)
+    del case.options["cache_bytes"]
+    plain, _ = case.run(linear_logprobs, None, trainable, backend=backend)
+    torch.testing.assert_close(ours, plain, rtol=2e-6, atol=2e-6)
+    exact, exact_grads = case.run(linear_logprobs_ref, torch.float64, trainable)
+    _, torchs_grads = case.run(naive, None, trainable)
+    check_accuracy(ours, exact, exact, dtype, "logp")
+    for name, exact_grad in exact_grads.items():
+        check_accuracy(grads[name], torchs_grads[name], exact_grad, dtype, f"d_{name}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("n", "v", "h"), [(1, 1, 3), (1, 2, 1), (129, 7, 16), (5, 1025, 33), (64, 512, 64)])
 def test_ragged_shapes(backend, n, v, h, check_accuracy):
     check(make_case(torch.float32, n=n, v=v, h=h, ignored=False), torch.float32, backend, check_accuracy)
@@ -290,15 +310,24 @@ def test_no_wasted_work(monkeypatch):
         return wrapper
 
     names = [name for name in vars(chunked) if name.startswith("linear_logprob_")]
-    spies = types.SimpleNamespace(**{name: recorded(name) for name in names})
+    spies = types.SimpleNamespace(kept_dtype=chunked.kept_dtype, **{name: recorded(name) for name in names})
     monkeypatch.setattr(logprobs, "implementation_for", lambda *_: spies)
     case = make_case(torch.float32)
     case.run(linear_logprobs, None, {"weight": False})
     assert [name for name, _ in calls] == ["linear_logprob_fwd_d_hidden"]
     calls.clear()
     case.run(linear_logprobs, None, {"hidden": False})
-    assert calls[1] == ("linear_logprob_bwd", {"need_d_hidden": False, "need_d_weight": True, "need_d_bias": False})
+    assert len(calls) == 2
+    assert calls[1] == (
+        "linear_logprob_bwd",
+        {"need_d_hidden": False, "need_d_weight": True, "need_d_bias": False},
+    )
     calls.clear()
+    for dtype, kept in ((torch.float32, 1), (torch.float16, 0)):
+        make_case(dtype).run(linear_logprobs, None, cache_bytes=1 << 20)
+        assert sum(name == "linear_logprob_fwd_exps" for name, _ in calls) == kept
+        assert sum(name == "linear_logprob_bwd_exps" for name, _ in calls) == kept
+        calls.clear()
     with torch.no_grad():
         linear_logprobs(case.hidden.requires_grad_(), case.weight, case.labels)
     assert [name for name, _ in calls] == ["linear_logprob_fwd"]
@@ -412,6 +441,8 @@ H, W, Y = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
         ({"temperature": float("nan")}, ValueError, r"temperature must be finite and > 0, got nan"),
         ({"logit_scale": "2"}, TypeError, r"logit_scale must be a number, got str"),
         ({"logit_softcap": -1.0}, ValueError, r"logit_softcap must be finite and > 0, got -1.0"),
+        ({"cache_bytes": -1}, ValueError, r"cache_bytes must be >= 0, got -1"),
+        ({"cache_bytes": True}, TypeError, r"cache_bytes must be an int, got bool"),
         ({"backend": "cuda"}, ValueError, r"backend must be 'auto', 'torch' or 'triton', got 'cuda'"),
         ({"weight": W.to("meta")}, ValueError, r"weight must be on hidden's device cpu, got meta"),
     ],

@@ -1,4 +1,4 @@
-"""la_tb_loss and linear_la_tb_loss: value and gradient against the fp64 oracle, identities of the method, bad input."""
+"""la_tb_loss: value and gradient against the fp64 oracle, identities of the method, bad input."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from powerflow_fast import _extension, objectives
 from powerflow_fast.kernels.la_tb_reference import group_log_z_ref, la_tb_loss_ref
-from powerflow_fast.kernels.reference import linear_logprobs_ref
-from powerflow_fast.objectives import LATBOutput, la_tb_loss, linear_la_tb_loss
+from powerflow_fast.objectives import LATBOutput, la_tb_loss
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -340,30 +339,3 @@ def test_bad_arguments(name, value, error, parts):
     message = str(caught.value)
     assert message.startswith("la_tb_loss: ") and name in message
     assert all(part in message for part in parts), message
-
-
-def test_from_hidden_states(implementation):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(9, 16), torch.randn(37, 16)
-    labels, bias = torch.randint(37, (9,)), torch.randn(37)
-    inputs, options = make_batch([4, 0, 5], dtype=torch.float32, psi=True)
-    del inputs["logps"]
-    head = {"bias": bias, "temperature": 0.7, "logit_scale": 0.5, "logit_softcap": 20.0}
-    options |= {"alpha": 4.0, "old_logps": inputs["base_logps"] + 5, "num_sequences": 4}
-    leaves = [t.requires_grad_() for t in (hidden, weight, bias, inputs["log_z"])]
-    out = linear_la_tb_loss(hidden, weight, labels, **inputs, **head, **options)
-    exact_logps = linear_logprobs_ref(hidden, weight, labels, **head)
-    exact = la_tb_loss_ref(exact_logps, **inputs, **options)
-    for a, b in zip(
-        (*out, *torch.autograd.grad(out.loss, leaves)), (*exact, *torch.autograd.grad(exact[0], leaves)), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-
-
-def test_from_hidden_states_refuses_ignored_rows():
-    cu = torch.tensor([0, 3], dtype=torch.int32)
-    args = (torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, -100, 2]), cu, torch.zeros(1), torch.zeros(1))
-    with pytest.raises(ValueError, match=r"linear_la_tb_loss: labels .* labels\[1\]=-100"):
-        linear_la_tb_loss(*args, alpha=4.0)
-    with pytest.raises(ValueError, match="linear_la_tb_loss: alpha must be"):
-        linear_la_tb_loss(*args[:2], torch.tensor([1, 0, 2]), *args[3:], alpha=0.0)
