@@ -138,12 +138,14 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def add_matmul_fp32_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` for a float32 ``total``, without a float32 copy of the operands on a GPU."""
+def add_matmul_fp32_(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+    """``total += a @ b`` for a float32 ``total``, without a float32 copy of the operands on a GPU; ``total = a @ b``,
+    whatever it held, if fresh."""
+    beta = 0 if fresh else 1
     if a.dtype == torch.float32 or a.device.type == "cpu":
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta)
     else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
 
 
 @triton.jit

@@ -131,14 +131,15 @@ def linear_logprob_bwd(
         if d_weight is not None:
             torch.mm(grad.t(), scaled, out=d_weight[part])
         elif need_d_weight:
-            add_matmul_fp32_(add_to.d_weight[part], grad.t(), scaled)
+            add_matmul_fp32_(add_to.d_weight[part], grad.t(), scaled, fresh=add_to.fresh)
         if need_d_bias:
             ones = torch.ones_like(scaled[:, :1]) if scale is None else scale.to(grad.dtype)
-            column_sums = matmul_fp32(grad.t(), ones)[:, 0]
             if d_bias is not None:
-                d_bias[part] = column_sums
+                d_bias[part] = matmul_fp32(grad.t(), ones)[:, 0]
             else:
-                add_to.d_bias[part] += column_sums
+                add_matmul_fp32_(add_to.d_bias[part, None], grad.t(), ones, fresh=add_to.fresh)
+    if add_to is not None:
+        add_to.fresh = False
     if total is not None:
         total = (total if scale is None else total * scale).to(hidden.dtype)
     return total, d_weight, d_bias
@@ -155,7 +156,8 @@ def linear_logprob_bwd_exps(
     """
     factor = (-d_logp.float() * kept.scale)[:, None]
     if add_to.d_weight is not None:
-        add_matmul_fp32_(add_to.d_weight, kept.exps.t(), (hidden * factor).to(hidden.dtype))
+        add_matmul_fp32_(add_to.d_weight, kept.exps.t(), (hidden * factor).to(hidden.dtype), fresh=add_to.fresh)
     if add_to.d_bias is not None:
-        add_to.d_bias.add_(matmul_fp32(kept.exps.t(), factor.to(hidden.dtype))[:, 0])
+        add_matmul_fp32_(add_to.d_bias[:, None], kept.exps.t(), factor.to(hidden.dtype), fresh=add_to.fresh)
+    add_to.fresh = False
     return (matmul_fp32(kept.exps, weight) * factor).to(hidden.dtype) if need_d_hidden else None

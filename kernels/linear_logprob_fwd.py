@@ -31,7 +31,7 @@ from powerflow_fast.kernels.launch import (
     tile_origin,
     to_logit,
 )
-from powerflow_fast.kernels.types import ForwardOutput, LogitTransform, RowExponentials
+from powerflow_fast.kernels.types import ForwardOutput, LogitTransform, RowExponentials, kept_width
 
 # The range in which a row's sum of exp(z - z_y) must lie when its exponentials are stored in a dtype; outside of it the
 # row is written anew around its maximum. float16 ends at 65504 above and 6e-8 below, where a confident token's
@@ -430,7 +430,7 @@ def linear_logprob_fwd_d_hidden(
     d_hidden = hidden.new_empty(n, h, dtype=unit_dtype)
     if n == 0:
         return logp, d_hidden
-    width = triton.cdiv(v, 16) * 16  # rows of E start at multiples of 16 bytes
+    width = kept_width(v)
     size = plan_rows(n, width * hidden.element_size(), h, tile, num_sms(hidden.device))
     tiles = triton.cdiv(v, tile.block_v)
     exps = hidden.new_empty(size, width)
@@ -452,12 +452,19 @@ def linear_logprob_fwd_d_hidden(
 
 @launcher
 def linear_logprob_fwd_exps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    *,
+    memory: Tensor | None = None,
 ) -> RowExponentials:
     """``logp`` and what `linear_logprob_bwd_exps` needs for the gradients of a trainable head: 2NVH FLOP.
 
-    Keeps ``N * V`` elements of hidden's dtype, whose range must not be float16's: the upstream gradient comes later.
-    No row is ignored; a label outside [0, V) gives NaN. No host sync.
+    Keeps V elements per row of hidden's dtype, whose range must not be float16's (the upstream gradient comes later),
+    in ``memory`` where that is given (``N * kept_width(V)`` elements or more). No row is ignored; a label outside
+    [0, V) gives NaN. No host sync.
     """
     n, v = hidden.shape[0], weight.shape[0]
     weight, hidden, labels = readable(weight), readable(hidden), labels.contiguous()
@@ -465,7 +472,8 @@ def linear_logprob_fwd_exps(
     tile = choose_tile(hidden, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
     logp, scale = hidden.new_empty(2, n, dtype=torch.float32)
-    exps = hidden.new_empty(n, triton.cdiv(v, 16) * 16)
+    width = kept_width(v)
+    exps = (hidden.new_empty(n * width) if memory is None else memory[: n * width]).view(n, width)
     tiles = triton.cdiv(v, tile.block_v)
     partial = hidden.new_empty(2, tiles, n, dtype=torch.float32)
     if n:

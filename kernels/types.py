@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -47,24 +48,38 @@ class RowExponentials(NamedTuple):
     """(N,) float32"""
 
 
-class HeadSums(NamedTuple):
-    """Gradients of a head as float32 sums (float64 for such a head), which several passes add to; None: not needed."""
+def kept_width(v: int) -> int:
+    """Row stride of kept exponentials: rows start at multiples of 16 elements."""
+    return -(-v // 16) * 16
+
+
+@dataclasses.dataclass
+class HeadSums:
+    """Gradients of a head as float32 sums (float64 for such a head), which several passes add to; None: not needed.
+
+    While ``fresh`` the tensors hold nothing: the first pass writes to them instead.
+    """
 
     d_weight: Tensor | None
     """(V, H)"""
     d_bias: Tensor | None
     """(V,)"""
+    fresh: bool = True
 
     @classmethod
-    def zeros(cls, weight: Tensor | None, bias: Tensor | None) -> HeadSums:
+    def like(cls, weight: Tensor | None, bias: Tensor | None) -> HeadSums:
         """Sums for the gradients of the parameters that are given."""
         return cls(
             *(
-                None
-                if x is None
-                else torch.zeros_like(
-                    x, dtype=torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format
-                )
+                None if x is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
                 for x in (weight, bias)
             )
         )
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None]:
+        """The sums, which are zero if no pass had a row to add."""
+        if self.fresh:
+            for x in (self.d_weight, self.d_bias):
+                if x is not None:
+                    x.zero_()
+        return self.d_weight, self.d_bias

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
+from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials, kept_width
 from .products import HALF, Products, products_for
 
 # Finite, so that a logit of −inf (a bias that rules a token out) times its probability of 0 is 0.
@@ -255,7 +255,7 @@ def linear_logprob_fwd_d_hidden(
         for _, w, e, slopes in problem.exponentials(rows, others):
             if slopes is not None:
                 e.mul_(slopes)
-            problem.products.accumulate(e.to(w.dtype), w, product)
+            problem.products.add(e.to(w.dtype), w, product)
         logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
         at_label, scale = problem.label_weight(rows, others), problem.scale(rows, others)
         own = weight[rows.labels].to(problem.dtype).mul_(at_label[:, None])
@@ -267,12 +267,21 @@ def linear_logprob_fwd_d_hidden(
 
 
 def linear_logprob_fwd_exps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    *,
+    memory: Tensor | None = None,
 ) -> RowExponentials:
     """Log-probs and all that a backward pass for a trainable head needs, kept instead of recomputed: 2NVH FLOP, and
-    V elements per row: in half precision where the products take it, else fp32."""
+    V elements per row of ``kept_dtype``, in ``memory`` where that is given (``N * kept_width(V)`` elements or more)."""
     problem = _Problem(hidden, weight, labels, bias, transform, None)
-    exps = hidden.new_empty(problem.n, problem.v, dtype=problem.products.operand_dtype)
+    width = kept_width(problem.v)
+    if memory is None:
+        memory = hidden.new_empty(problem.n * width, dtype=problem.products.operand_dtype)
+    exps = memory[: problem.n * width].view(problem.n, width)[:, : problem.v]
     logp_out, scale_out = (hidden.new_zeros(problem.n, dtype=problem.dtype) for _ in range(2))
 
     def run(rows: _Rows) -> Tensor:
@@ -318,7 +327,7 @@ def linear_logprob_bwd(
     """
     problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
     if (sums := add_to) is None:
-        sums = HeadSums.zeros(weight if need_d_weight else None, bias if need_d_bias else None)
+        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_d_hidden else None
     for rows in problem.chunks():
         rows = rows._replace(anchor=forward.anchor[rows.index])
@@ -335,14 +344,16 @@ def linear_logprob_bwd(
             if slopes is not None:
                 e.mul_(slopes)
             _add_products(problem.products, e.to(w.dtype), w, scaled, factor, product, columns, sums)
+        sums.fresh = False
         if need_d_hidden:
             d_hidden[rows.index] = product.mul_(factor[:, None]).to(hidden.dtype)
     if add_to is not None:
         return d_hidden, None, None
+    d_weight, d_bias = sums.finished()
     return (
         d_hidden,
-        sums.d_weight.to(weight.dtype) if need_d_weight else None,
-        sums.d_bias.to(bias.dtype) if need_d_bias else None,
+        d_weight.to(weight.dtype) if need_d_weight else None,
+        d_bias.to(bias.dtype) if need_d_bias else None,
     )
 
 
@@ -368,6 +379,7 @@ def linear_logprob_bwd_exps(
         columns = slice(start, min(start + width, v))
         w = weight[columns].to(dtype)
         _add_products(products, kept.exps[:, columns], w, scaled, factor, product, columns, add_to)
+    add_to.fresh = False
     return product.mul_(factor[:, None]).to(hidden.dtype) if need_d_hidden else None
 
 
@@ -383,11 +395,11 @@ def _add_products(
 ) -> None:
     """What one tile of exponentials adds to the gradients."""
     if product is not None:
-        products.accumulate(e, w, product)
+        products.add(e, w, product)
     if sums.d_weight is not None:
-        products.accumulate(e.t(), scaled, sums.d_weight[columns])
+        products.add(e.t(), scaled, sums.d_weight[columns], fresh=sums.fresh)
     if sums.d_bias is not None:
-        products.accumulate(e.t(), factor.to(e.dtype)[:, None], sums.d_bias[columns, None])
+        products.add(e.t(), factor.to(e.dtype)[:, None], sums.d_bias[columns, None], fresh=sums.fresh)
 
 
 def kept_dtype(hidden: Tensor) -> torch.dtype:

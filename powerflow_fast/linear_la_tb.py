@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Backend, check_linear_inputs, require_tensor, values_are_readable
-from .kernels.types import HeadSums, LogitTransform
+from .kernels.types import HeadSums, LogitTransform, kept_width
 from .logprobs import (
     autocast_inputs,
     check_cache_bytes,
@@ -88,7 +88,8 @@ def linear_la_tb_loss(
     Gradients: hidden, weight, bias, log_z. FLOP: 2NVH for each of the logits and of the gradients of hidden and weight;
     2NVH more for what is recomputed, and for float16, whose range is too short to keep exponentials. With a frozen
     head, 4NVH. Memory beyond that of ``linear_logprobs``: the cache, while the call lasts; then the gradients, N·H
-    elements and 4·V·H bytes. Summed in a fixed order: same inputs, same bits. No second derivatives.
+    elements and 4·V·H bytes. Summed in a fixed order: same inputs, same bits. No second derivatives, and with a
+    trainable head one backward pass per call (RuntimeError otherwise): it gives the gradients away.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as ``linear_logprobs`` and ``la_tb_loss``.
@@ -215,7 +216,9 @@ class LinearLATBFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, log_z, call, chunks, most, count):
         need_d_hidden, need_d_weight, need_d_bias, need_d_log_z = ctx.needs_input_grad[:4]
-        sums = HeadSums.zeros(weight if need_d_weight else None, bias if need_d_bias else None)
+        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None)
+        rows_kept = max([end - start for _, _, start, end in chunks if end - start <= most], default=0)
+        memory = hidden.new_empty(rows_kept * kept_width(weight.shape[0]), dtype=call.implementation.kept_dtype(hidden))
         d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_d_hidden else None
         outputs, d_log_z = [], []
         for first, last, start, end in chunks:
@@ -223,7 +226,7 @@ class LinearLATBFunction(torch.autograd.Function):
             h, y = hidden[rows], call.labels[rows]
             kept = forward = None
             if end - start <= most:
-                kept = call.implementation.linear_logprob_fwd_exps(h, weight, y, bias, call.transform)
+                kept = call.implementation.linear_logprob_fwd_exps(h, weight, y, bias, call.transform, memory=memory)
             else:
                 forward = call.implementation.linear_logprob_fwd(h, weight, y, bias, call.transform, _NO_LABEL)
             logps = (kept or forward).logp
@@ -252,7 +255,8 @@ class LinearLATBFunction(torch.autograd.Function):
         per_sequence = [torch.cat(parts) for parts in per_sequence]
         ctx.mark_non_differentiable(*per_sequence)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(d_hidden, *sums, torch.cat(d_log_z) if need_d_log_z else None)
+        # Not saved tensors: the backward pass gives them away instead of copying gradients of a head's size.
+        ctx.units = [d_hidden, *sums.finished(), torch.cat(d_log_z) if need_d_log_z else None]
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype, logps.dtype
         return torch.stack(loss).sum(), *per_sequence
 
@@ -260,18 +264,24 @@ class LinearLATBFunction(torch.autograd.Function):
     def backward(ctx, d_loss, *_):
         if d_loss is None:
             return (None,) * 8
+        units, ctx.units = ctx.units, None
+        if units is None:
+            raise RuntimeError(
+                "linear_la_tb_loss: a second backward pass through one call is not available, with retain_graph=True "
+                "either: the first one gave the gradients away; call linear_la_tb_loss again"
+            )
         with torch.no_grad():
             grads = [
                 None if unit is None else _scaled(unit, d_loss, dtype)
-                for unit, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+                for unit, dtype in zip(units, ctx.dtypes, strict=True)
             ]
         return *(refuse_second_derivative("linear_la_tb_loss", g) for g in grads), None, None, None, None
 
 
 def _scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(unit * factor).to(dtype)``, in pieces: a whole fp32 product of a head's size would be the call's peak."""
+    """``(unit * factor).to(dtype)``, in place or in pieces: a whole product of a head's size would be the peak."""
     if unit.dtype == dtype:
-        return unit * factor
+        return unit.mul_(factor)
     out = torch.empty_like(unit, dtype=dtype)
     rows = max(1, (1 << 22) * unit.shape[0] // max(1, unit.numel()))
     for part, source in zip(out.split(rows), unit.split(rows), strict=True):

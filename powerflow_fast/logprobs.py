@@ -20,7 +20,7 @@ from .dispatch import (
     resolve_backend,
     values_are_readable,
 )
-from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
+from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials, kept_width
 
 __all__ = ["LogprobStats", "linear_logprob_stats", "linear_logprobs", "sequence_logprobs"]
 
@@ -81,7 +81,7 @@ def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor, implementation: 
     """
     if cache_bytes == 0 or hidden.dtype == torch.float16:
         return 0
-    return cache_bytes // (weight.shape[0] * implementation.kept_dtype(hidden).itemsize)
+    return cache_bytes // (kept_width(weight.shape[0]) * implementation.kept_dtype(hidden).itemsize)
 
 
 class LinearLogprobsFunction(torch.autograd.Function):
@@ -137,7 +137,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
         arguments = (hidden, weight, labels, bias, ctx.transform, ctx.ignore_index, ForwardOutput(*forward), d_logp)
         if rows is None:
             return ctx.implementation.linear_logprob_bwd(*arguments, **needs)
-        sums = HeadSums.zeros(weight if need_d_weight else None, bias if need_d_bias else None)
+        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None)
         d_hidden = ctx.implementation.linear_logprob_bwd(*arguments, **needs, add_to=sums)[0]
         kept = RowExponentials(d_logp, exps, scale)
         part = ctx.implementation.linear_logprob_bwd_exps(
@@ -145,10 +145,11 @@ class LinearLogprobsFunction(torch.autograd.Function):
         )
         if need_d_hidden:
             d_hidden.index_copy_(0, rows, part)
+        d_weight, d_bias = sums.finished()
         return (
             d_hidden,
-            sums.d_weight.to(weight.dtype) if need_d_weight else None,
-            sums.d_bias.to(bias.dtype) if need_d_bias else None,
+            d_weight.to(weight.dtype) if need_d_weight else None,
+            d_bias.to(bias.dtype) if need_d_bias else None,
         )
 
 

@@ -30,9 +30,12 @@ class Products:
         """``out = hidden @ weight.T`` for operands in ``operand_dtype``."""
         torch.mm(hidden, weight.t(), out=out)
 
-    def accumulate(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """``out += a @ b`` for operands in ``operand_dtype``."""
-        out.addmm_(a, b)
+    def add(self, a: Tensor, b: Tensor, out: Tensor, *, fresh: bool = False) -> None:
+        """``out += a @ b``, or ``out = a @ b`` if fresh, for operands in ``operand_dtype``."""
+        if fresh:
+            torch.mm(a, b, out=out)
+        else:
+            out.addmm_(a, b)
 
 
 class CudaHalfProducts(Products):
@@ -45,8 +48,12 @@ class CudaHalfProducts(Products):
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         out.copy_(torch.mm(hidden, weight.t(), out_dtype=torch.float32))
 
-    def accumulate(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        out.add_(torch.mm(a, b, out_dtype=torch.float32))
+    def add(self, a: Tensor, b: Tensor, out: Tensor, *, fresh: bool = False) -> None:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+        if fresh:
+            out.copy_(product)
+        else:
+            out.add_(product)
 
 
 class CpuBf16Products(Products):
@@ -62,11 +69,15 @@ class CpuBf16Products(Products):
         self._rounded = hidden.new_empty(0)
         self._rest = hidden.new_empty(0, dtype=torch.float32)
 
-    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    def _buffers(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Two of ``out``'s shape, bf16 and fp32, reused: to touch new pages costs as much as a product."""
         shape, count = out.shape, out.numel()
         if self._rounded.numel() < count:
             self._rounded, self._rest = self._rounded.new_empty(count), self._rest.new_empty(count)
-        rounded, rest = self._rounded[:count].view(shape), self._rest[:count].view(shape)
+        return self._rounded[:count].view(shape), self._rest[:count].view(shape)
+
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        rounded, rest = self._buffers(out)
         torch.mm(hidden, weight.t(), out=rounded)
         out.copy_(rounded)
         rounded.addmm_(hidden, weight.t(), beta=-1)
@@ -74,8 +85,14 @@ class CpuBf16Products(Products):
         rest.copy_(rounded)
         out.add_(rest)
 
-    def accumulate(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        out.add_(torch.mm(a, b).float())
+    def add(self, a: Tensor, b: Tensor, out: Tensor, *, fresh: bool = False) -> None:
+        rounded, rest = self._buffers(out)
+        torch.mm(a, b, out=rounded)
+        if fresh:
+            out.copy_(rounded)
+        else:
+            rest.copy_(rounded)
+            out.add_(rest)
 
 
 def products_for(hidden: Tensor) -> Products:
