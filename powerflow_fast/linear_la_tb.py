@@ -72,8 +72,8 @@ def linear_la_tb_loss(
         hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, backend: as in ``linear_logprobs``. Every
             row counts in its completion's length, so labels can't hold ``-100``: leave such rows out when packing (that
             is checked on a CPU).
-        cu_seqlens: (B+1,) int32, from 0 to N, not decreasing. On the CPU also when the other tensors are on a GPU:
-            then the host never waits. Otherwise it does, once, if the rows don't fit into ``cache_bytes``.
+        cu_seqlens: (B+1,) int32, from 0 to N, not decreasing. It and group_ids may be on the CPU when the other tensors
+            are on a GPU: then the host never waits. Otherwise it does if the rows don't fit into ``cache_bytes``.
         base_logps, psi, old_logps: (B,) fp32, as in ``la_tb_loss``; no gradient.
         log_z: (B,) fp32 log Z' of each completion's prompt, with gradient, or None: the group's, without one.
         group_ids: (B,) int64, equal for the completions of one prompt; given if and only if log_z is None.
@@ -115,7 +115,7 @@ def linear_la_tb_loss(
         cache_bytes = _CACHE_BYTES.get(hidden.device.type, _CACHE_BYTES["cuda"])
     check_cache_bytes(op, cache_bytes)
 
-    host_cu_seqlens = cu_seqlens
+    host_cu_seqlens, host_group_ids = cu_seqlens, None
     if isinstance(cu_seqlens, Tensor):
         cu_seqlens = cu_seqlens.to(hidden.device, non_blocking=True)
     loss_options = {"alpha": alpha, "clip": clip, "importance_level": importance_level}
@@ -127,6 +127,8 @@ def linear_la_tb_loss(
     if group_ids is not None:
         shape = tuple(base_logps.shape)
         require_tensor(op, "group_ids", group_ids, shape=shape, symbols="(B,)", dtypes=(torch.int64, torch.int32))
+        host_group_ids = group_ids
+        group_ids = group_ids.to(hidden.device, non_blocking=True)
 
     call = _Call(
         labels, transform, implementation, cu_seqlens, base_logps.detach(), group_ids, psi, old_logps, loss_options
@@ -137,7 +139,8 @@ def linear_la_tb_loss(
         chunks, count = [(0, len(base_logps), 0, hidden.shape[0])], num_sequences
         if hidden.shape[0] > most:
             bounds = host_cu_seqlens.tolist()
-            chunks = list(chunks_of_sequences(bounds, None if group_ids is None else group_ids.tolist(), most))
+            groups = None if host_group_ids is None else host_group_ids.tolist()
+            chunks = list(chunks_of_sequences(bounds, groups, most))
             if not count:
                 count = max(1, sum(a < b for a, b in itertools.pairwise(bounds)))
         return LATBOutput(*LinearLATBFunction.apply(hidden, weight, bias, log_z, call, chunks, most, count))

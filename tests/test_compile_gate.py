@@ -95,6 +95,8 @@ def compile_all(arch: int) -> list[dict]:
         linear_logprob_fwd.linear_logprob_fwd_d_hidden(*arguments)
         needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": bias}
         linear_logprob_bwd.linear_logprob_bwd(*arguments, forward, torch.empty(n, device="meta"), **needs)
+        if dtype != torch.float16:
+            linear_logprob_fwd.linear_logprob_fwd_exps(*arguments[:5])
 
     variants = {
         "bf16": (torch.bfloat16, {}),
@@ -148,7 +150,7 @@ def test_table(compiled, capsys):
             numbers = "".join(f"{record[name]:>10}" for name in columns)
             print(f"{numbers}  {record['kernel']} [{record['variant']}]")
     kernels = {(record["arch"], record["kernel"]) for record in compiled}
-    rows = ("_label_logit_kernel", "_combine_kernel", "_reanchor_kernel", "_unit_gradient_kernel")
+    rows = ("_label_logit_kernel", "_combine_kernel", "_reanchor_kernel", "_unit_gradient_kernel", "_keep_rows_kernel")
     assert kernels == {(arch, kernel) for arch in ARCHITECTURES for kernel in (*PRODUCT_KERNELS, *rows)}
 
 

@@ -15,7 +15,7 @@ import triton_interpreter
 from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd
 from powerflow_fast.kernels.launch import Tile
 from powerflow_fast.kernels.reference import linear_logprob_stats_ref, linear_logprobs_ref
-from powerflow_fast.kernels.types import ForwardOutput, LogitTransform
+from powerflow_fast.kernels.types import ForwardOutput, HeadSums, LogitTransform
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1"),
@@ -47,11 +47,33 @@ class Case:
         grads = linear_logprob_bwd.linear_logprob_bwd(*self.arguments(), forward, self.d_logp, **needs)
         return stats, forward, unit, grads
 
+    def run_kept(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Log-probs and gradients of a trainable head from kept exponentials, of the rows that count."""
+        rows = (self.labels != IGNORE).nonzero()[:, 0]
+        hidden = self.hidden[rows]
+        kept = linear_logprob_fwd.linear_logprob_fwd_exps(
+            hidden, self.weight, self.labels[rows], self.bias, self.transform
+        )
+        sums = HeadSums.like(self.weight, self.bias)
+        d_hidden = linear_logprob_bwd.linear_logprob_bwd_exps(
+            hidden, self.weight, kept, self.d_logp[rows], need_d_hidden=True, add_to=sums
+        )
+        grads = {"d_hidden": torch.zeros_like(self.hidden).index_copy(0, rows, d_hidden)}
+        for name, x, like in zip(("d_weight", "d_bias"), sums.finished(), (self.weight, self.bias), strict=True):
+            if x is not None:
+                assert x.dtype == torch.float32
+                grads[name] = x.to(like.dtype)
+        logp = torch.zeros_like(self.d_logp).index_copy(0, rows, kept.logp)
+        return logp, {f"{name} kept": x for name, x in grads.items()}
+
     def run(self) -> dict[str, torch.Tensor]:
         """The launchers' results by name."""
         stats, forward, unit, grads = self.run_launchers()
         out = {name: x for name, x in stats._asdict().items() if name not in ("anchor", "others_sum")}
         out |= {"logp without stats": forward.logp, "logp of unit": unit[0], "unit": unit[1]}
+        if self.hidden.dtype != torch.float16:
+            out["logp kept"], kept_grads = self.run_kept()
+            out |= kept_grads
         names = ("d_hidden", "d_weight", "d_bias")
         return out | {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
@@ -66,15 +88,18 @@ class Case:
         grads = torch.autograd.grad((logp * self.d_logp.to(dtype)).sum(), list(leaves.values()), retain_graph=True)
         (unit,) = torch.autograd.grad(logp.sum(), leaves["d_hidden"])
         out = {"logp": logp, "lse": lse, "entropy": entropy, "mean_logit": mean_logit, "unit": unit}
-        out |= {"logp without stats": logp, "logp of unit": logp}
-        return {name: x.detach() for name, x in (out | dict(zip(leaves, grads, strict=True))).items()}
+        out |= {"logp without stats": logp, "logp of unit": logp} | dict(zip(leaves, grads, strict=True))
+        if self.hidden.dtype != torch.float16:
+            out |= {"logp kept": logp} | {f"{name} kept": x for name, x in zip(leaves, grads, strict=True)}
+        return {name: x.detach() for name, x in out.items()}
 
     def check(self, check_accuracy):
         ours, torchs, exact = self.run(), self.reference(self.hidden.dtype), self.reference(torch.float64)
         assert ours.keys() == exact.keys()
         for name, x in ours.items():
             inputs = {"unit": self.hidden, "d_hidden": self.hidden, "d_weight": self.weight, "d_bias": self.bias}
-            expected = inputs[name].dtype if name in inputs else torch.float32
+            source = inputs.get(name.removesuffix(" kept"))
+            expected = torch.float32 if source is None else source.dtype
             if name == "unit" and expected == torch.float16:
                 expected = torch.float32  # so that a loss scale can lift it back
             assert x.dtype == expected, name
