@@ -1,4 +1,4 @@
-"""The benchmark suite: its providers compute the same thing, its rows say what happened, its documents match them."""
+"""The benchmark suite: its rows say what happened, its documents match them."""
 
 from __future__ import annotations
 
@@ -16,87 +16,14 @@ if not (BENCHMARKS / "run.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
 
+import head_peers  # noqa: E402
 import measure  # noqa: E402
-import peers  # noqa: E402
+import operations  # noqa: E402
 import render  # noqa: E402
 import run  # noqa: E402
-import workloads  # noqa: E402
 
 CPU = torch.device("cpu")
 RESULTS = BENCHMARKS / "results"
-# Triton's kernels have their own tests, and torch.compile would take most of the time
-HEAD = [p for p in peers.HEAD_PROVIDERS if p.name not in ("powerflow_fast triton", "naive compiled")]
-
-
-@pytest.mark.parametrize("provider", HEAD, ids=lambda p: p.name)
-@pytest.mark.parametrize("mode", workloads.MODES)
-def test_providers_keep_the_contract(provider, mode):
-    """fp32 log-probs, a gradient per token and masked rows, against fp64; who can't run here has to say why."""
-    case = workloads.HeadCase(33, 501, 128, "fp32", mode, mask_ratio=0.3)
-    inputs = workloads.head_inputs(case, CPU)
-    try:
-        outputs = peers.head_step(provider, case, inputs)()
-    except (ImportError, RuntimeError) as error:
-        assert measure.describe(error) and provider.distribution not in ("torch", "powerflow_fast")
-        pytest.skip(measure.describe(error))
-    if provider.kind == "floor":
-        assert outputs == ()
-        return
-    assert len(outputs) == 1 + workloads.MODES.index(mode)
-    errors = workloads.head_errors(outputs, workloads.head_reference(inputs))
-    assert errors["logp_max_err"] < 2e-5
-    assert all(value < 1e-5 for name, value in errors.items() if name.endswith("rel_err"))
-    assert not outputs[0][inputs.labels == workloads.IGNORE].any()
-    if mode != "no_grad":
-        assert not outputs[1][inputs.labels == workloads.IGNORE].any()
-
-
-def test_the_reference_is_the_oracle():
-    """The slab-wise fp64 reference of the suite against autograd through the materialised oracle."""
-    from powerflow_fast.kernels.reference import linear_logprobs_ref
-
-    inputs = workloads.head_inputs(workloads.HeadCase(64, 9000, 256, "bf16", "full", mask_ratio=0.25), CPU)
-    exact = workloads.head_reference(inputs)
-    hidden, weight = (t.double().requires_grad_() for t in (inputs.hidden, inputs.weight))
-    logp = linear_logprobs_ref(hidden, weight, inputs.labels)
-    d_hidden, d_weight = torch.autograd.grad(logp, [hidden, weight], inputs.upstream.double())
-    torch.testing.assert_close(exact.logp, logp.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(exact.d_hidden, d_hidden[exact.rows], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(exact.d_weight, d_weight[exact.columns], rtol=1e-9, atol=1e-12)
-    assert logp.min() < -6 and logp[logp != 0].max() > -1e-2  # unlikely and confident tokens
-
-
-@pytest.mark.parametrize("provider", peers.HEAD_PROVIDERS[:1] + HEAD, ids=lambda p: p.name)
-def test_passes_count_what_runs(provider):
-    """The executed FLOP of a row, against the products that PyTorch's profiler sees."""
-    if provider.passes is None:
-        pytest.skip("gradient filtering: its FLOP depend on the data")
-    for mode, passes in zip(workloads.MODES, provider.passes, strict=True):
-        case = workloads.HeadCase(24, 601, 128, "fp32", mode)
-        try:
-            step = peers.head_step(provider, case, workloads.head_inputs(case, CPU))
-            step()
-        except (ImportError, RuntimeError) as error:
-            pytest.skip(measure.describe(error))
-        with torch.profiler.profile(record_shapes=True) as profile:
-            step()
-        flop = 0
-        for event in profile.events():
-            name = event.name.removeprefix("aten::").rstrip("_")
-            if name in ("mm", "addmm") and event.name.startswith("aten::"):
-                a, b = event.input_shapes[:2] if name == "mm" else event.input_shapes[1:3]
-                flop += 2 * a[0] * a[1] * b[1]
-        assert flop == pytest.approx(passes * 2 * case.n * case.v * case.h, rel=0.02), mode
-
-
-@pytest.mark.parametrize("provider", peers.LA_TB_PROVIDERS[:3], ids=lambda p: p.name)
-@pytest.mark.parametrize("off_policy", [False, True])
-def test_la_tb_providers_agree(provider, off_policy):
-    case = workloads.LaTbCase(300, 7, off_policy)
-    inputs = workloads.la_tb_inputs(case, CPU)
-    outputs = peers.la_tb_packed(peers.la_tb_step(provider, case, inputs)(), inputs)
-    errors = workloads.la_tb_errors(outputs, workloads.la_tb_reference(inputs))
-    assert max(errors.values()) < 1e-4, errors
 
 
 def test_interleave_is_fair_and_loses_nobody():
@@ -197,14 +124,17 @@ def test_rows_say_everything(rehearsal):
 
 def test_red_tests_stop_the_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "test_red.py").write_text("def test_red():\n    assert False\n")
-    monkeypatch.setitem(run.TESTS, ("linear_logprobs", "cpu"), [str(tmp_path / "test_red.py")])
+    tests = operations.OPERATIONS["linear_logprobs"].tests
+    monkeypatch.setitem(tests, "cpu", [str(tmp_path / "test_red.py")])
     assert run.main(["cpu", "--rehearse", "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "nothing was measured" in capsys.readouterr().err and not (tmp_path / "cpu.jsonl").exists()
 
 
 def test_a_wrong_result_of_ours_is_not_a_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        peers, "linear_logprobs", lambda hidden, weight, labels, **_: peers.naive(hidden, weight, labels) + 0.1
+        head_peers,
+        "linear_logprobs",
+        lambda hidden, weight, labels, **_: head_peers.naive(hidden, weight, labels) + 0.1,
     )
     options = [
         "cpu",
@@ -241,7 +171,7 @@ def test_render_round_trip(published):
     assert render.main(arguments) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
-    assert "| 16 × 505 × 128 | fp32 | frozen |" in text and "F.linear_cross_entropy: " in text
+    assert "| 16 × 2379 × 128 | fp32 | frozen |" in text and "F.linear_cross_entropy: " in text
     assert render.main([*arguments, "--check"]) == 0
     readme.write_text(text.replace("MiB", "KiB", 1))
     assert render.main([*arguments, "--check"]) == 1
