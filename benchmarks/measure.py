@@ -38,12 +38,15 @@ _HEAD_TRITON = (
     "kernels/linear_logprob_bwd.py",
 )
 _LOSS = ("csrc/la_tb.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py")
+_UPDATE = tuple(f"package/{name}.py" for name in ("update", "models", "heads", "packing", "partition"))
 SOURCES = {
     ("linear_logprobs", "torch"): _HEAD_TORCH,
     ("linear_logprobs", "triton"): _HEAD_TRITON,
     ("linear_la_tb_loss", "torch"): _HEAD_TORCH + _LOSS,
     ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS,
     ("la_tb_loss", "compiled"): _LOSS,
+    ("update", "torch"): _HEAD_TORCH + _LOSS + _UPDATE,
+    ("update", "triton"): _HEAD_TRITON + _LOSS + _UPDATE,
 }
 
 

@@ -15,8 +15,10 @@ from loss_case import LossCase, loss_errors, loss_inputs, loss_reference
 from loss_peers import loss_providers, loss_step
 from measure import Outputs
 from providers import Provider
+from update_case import UpdateCase, update_errors, update_inputs, update_reference
+from update_peers import UPDATE_PROVIDERS, update_step
 
-Case = HeadCase | LossCase | LaTbCase
+Case = HeadCase | LossCase | LaTbCase | UpdateCase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,16 @@ class Operation:
     """Beyond these errors a result of ours is wrong, not just inexact."""
     tests: dict[str, list[str]]
     """pytest arguments of a quick subset by device; Triton's kernels are tested on a GPU."""
+    whole_model: bool = False
+    """A model around it rounds as well, and its attention may sum in any order on a GPU: twice naive's errors are
+    allowed, other bits too."""
     short: bool = False
     """Steps of microseconds: whole rounds of warming up cost nothing."""
 
 
 _GPU_TESTS = ["tests/gpu"]
 _LOSS_TESTS = "oracle or from_hidden or (torch and value_and_gradients)"
+_UPDATE_TESTS = "oracle or logits or base"
 
 # A half-precision gradient is rounded once on its way out.
 _GRADIENTS = {"d_hidden_rel_err": 1e-2, "d_weight_rel_err": 1e-2}
@@ -72,6 +78,17 @@ OPERATIONS = {
         dict.fromkeys(("loss_rel_err", "d_logps_rel_err", "d_log_z_rel_err"), 1e-5),
         {"cpu": ["tests/test_objectives.py", "-k", "oracle or clipped or long_sums"]},
         short=True,
+    ),
+    UpdateCase.op: Operation(
+        UpdateCase,
+        update_inputs,
+        update_reference,
+        update_errors,
+        lambda device, dtype: UPDATE_PROVIDERS,
+        update_step,
+        {"loss_rel_err": 1e-4, "grad_rel_err": 1e-4},
+        {"cpu": ["tests/test_objectives.py", "tests/test_partition.py", "tests/test_models.py", "-k", _UPDATE_TESTS]},
+        whole_model=True,
     ),
 }
 

@@ -8,6 +8,7 @@ from head_case import HeadCase
 from la_tb_case import LaTbCase
 from loss_case import LossCase
 from operations import Case
+from update_case import UpdateCase
 
 CPU_SHAPES = ((1024, 151936, 896), (2048, 49152, 576))
 GPU_HEADS = ((151936, 1536), (151936, 3584), (128256, 4096), (262144, 2304), (151936, 896), (49152, 576))
@@ -43,9 +44,11 @@ SUITES: dict[str, list[Case]] = {
     "cpu-modes": _cpu_modes(),
     "cpu-n": [HeadCase(n, *CPU_SHAPES[1][1:], dtype="fp32") for n in (256, 512, 1024, 2048, 4096)],
     "cpu-v": [HeadCase(1024, v, 576, dtype="fp32") for v in (8192, 16384, 32768, 65536, 131072)],
+    "cpu-update": [UpdateCase("SmolLM2-135M", dtype, sequences=16, prompt=32, completion=128) for dtype in CPU_DTYPES],
     "gpu": _gpu_main(),
     "gpu-loss": [LossCase(8192, v, h, b=16) for v, h in GPU_HEADS],
     "gpu-n": _gpu_n(),
+    "gpu-update": [UpdateCase("Qwen2.5-1.5B", "bf16", sequences=16, prompt=128, completion=1408)],
     "la-tb": [
         LaTbCase(n, b, off_policy) for n, b in ((16384, 64), (65536, 64), (65536, 1024)) for off_policy in (False, True)
     ],

@@ -21,6 +21,8 @@ import la_tb_peers  # noqa: E402
 import loss_case  # noqa: E402
 import loss_peers  # noqa: E402
 import measure  # noqa: E402
+import update_case  # noqa: E402
+import update_peers  # noqa: E402
 from head_case import MODES, HeadCase, head_inputs, head_reference  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -195,6 +197,7 @@ def files_executed(call) -> set[str]:
         ("linear_logprobs", lambda: head_step_of(MODES[1])),
         ("linear_logprobs", lambda: head_step_of(MODES[2])),
         ("linear_la_tb_loss", lambda: loss_step_of()),
+        ("update", lambda: update_step_of()),
     ],
 )
 def test_the_digest_covers_what_runs(op, make):
@@ -214,3 +217,8 @@ def head_step_of(mode):
 def loss_step_of():
     case = loss_case.LossCase(24, 601, 128, b=3, dtype="fp32")
     return loss_peers.loss_step(loss_peers.OURS[0], case, loss_case.loss_inputs(case, CPU))
+
+
+def update_step_of():
+    case = update_case.UpdateCase("tiny", "fp32", 16, 4, 9)
+    return update_peers.update_step(update_peers.UPDATE_PROVIDERS[1], case, update_case.update_inputs(case, CPU))
