@@ -48,7 +48,7 @@ SUITES: dict[str, list[Case]] = {
     "gpu": _gpu_main(),
     "gpu-loss": [LossCase(8192, v, h, b=16) for v, h in GPU_HEADS],
     "gpu-n": _gpu_n(),
-    "gpu-update": [UpdateCase("Qwen2.5-1.5B", "bf16", sequences=16, prompt=128, completion=1408)],
+    "gpu-update": [UpdateCase("Qwen2.5-1.5B", "bf16", sequences=16, prompt=128, completion=1536)],
     "la-tb": [
         LaTbCase(n, b, off_policy) for n, b in ((16384, 64), (65536, 64), (65536, 1024)) for off_policy in (False, True)
     ],

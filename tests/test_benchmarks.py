@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,8 +21,10 @@ sys.path.append(str(BENCHMARKS))
 import head_peers  # noqa: E402
 import measure  # noqa: E402
 import operations  # noqa: E402
+import plots  # noqa: E402
 import render  # noqa: E402
 import run  # noqa: E402
+from head_case import HeadCase  # noqa: E402
 
 CPU = torch.device("cpu")
 RESULTS = BENCHMARKS / "results"
@@ -160,9 +164,10 @@ def published(rehearsal, tmp_path):
     rows = [json.loads(line) | {"rehearsal": False} for line in (rehearsal / "cpu.jsonl").read_text().splitlines()]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
-    return ["--results", str(tmp_path / "results"), "--readme", str(readme)], readme
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    for document in (readme, page):
+        document.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    return ["--results", str(tmp_path / "results"), "--readme", str(readme), "--page", str(page)], readme
 
 
 def test_render_round_trip(published):
@@ -171,12 +176,13 @@ def test_render_round_trip(published):
     assert render.main(arguments) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
-    assert "| 16 × 2379 × 128 | fp32 | frozen |" in text and "F.linear_cross_entropy: " in text
+    assert "| CPU, frozen head | 16 × 2379 × 128 | fp32 |" in text and "F.linear_cross_entropy: " in text
     assert render.main([*arguments, "--check"]) == 0
     readme.write_text(text.replace("MiB", "KiB", 1))
     assert render.main([*arguments, "--check"]) == 1
     tables = (Path(arguments[1]) / "TABLES.md").read_text()
-    assert "verl triton: error, " in tables and "| gemm |" in tables
+    assert "verl triton: error, " in tables and "| gemm |" in tables and "| **powerflow_fast** |" in tables
+    assert "d_hidden error" in tables and "d_weight error" not in tables  # nobody has one with a frozen head
 
 
 def test_figures_of_older_sources_are_marked(published):
@@ -189,7 +195,7 @@ def test_figures_of_older_sources_are_marked(published):
     render.main(arguments)
     text = readme.read_text()
     assert text.count(render.STALE) == 2 and f"{render.STALE} measured before the last change" in text
-    assert f"powerflow_fast{render.STALE}" in (Path(arguments[1]) / "TABLES.md").read_text()
+    assert f"**powerflow_fast**{render.STALE}" in (Path(arguments[1]) / "TABLES.md").read_text()
 
 
 def test_a_changed_source_changes_the_digest(tmp_path):
@@ -214,30 +220,80 @@ def test_rehearsals_are_never_published(rehearsal, published):
         render.main(["--results", str(rehearsal), *arguments[2:]])
 
 
-def test_plots_show_what_the_rows_hold(tmp_path):
-    fixed = {"device_type": "cpu", "v": 49152, "h": 576, "dtype": "fp32"}
-    base = {
-        "op": "linear_logprobs",
-        "mode": "frozen",
-        "mask_ratio": 0.0,
-        "status": "ok",
-        "l2": None,
-        "device": "x",
-        **fixed,
-    }
-    rows = [
-        base | {"provider": name, "kind": kind, "n": n, "ms_p50": n * k, "peak_extra_mib": n}
-        for name, kind, k in (("powerflow_fast", "ours", 1.0), ("naive", "baseline", 2.0))
-        for n in (64, 512)
-    ]
-    rows.append(rows[0] | {"mode": "full", "n": 128})
-    series = render.plot_series(rows, "ms_p50", "n", fixed)
-    assert series == {"powerflow_fast": [(64, 64.0), (512, 512.0)], "naive": [(64, 128.0), (512, 1024.0)]}
+def row_of(case, provider: str, kind: str, ms: float, **more) -> dict:
+    row = {"suite": "cpu-n", "device": "x", "device_type": "cpu", "op": case.op, "mode": case.mode, "torch": "2"}
+    fields = {**dataclasses.asdict(case), "provider": provider, "kind": kind, "status": "ok", "ms_p50": ms}
+    return {**row, **fields, "useful_flop": case.useful_flop(), "peak_extra_mib": ms / 2, **more}
+
+
+@pytest.fixture
+def sweep():
+    """Two providers and the floor at two lengths, and what doesn't belong to the sweep."""
+    cases = [HeadCase(n, 49152, 576, "fp32") for n in (512, 64)]
+    who = (("powerflow_fast", "ours", 1.0), ("naive", "baseline", 2.0), ("gemm", "floor", 0.9))
+    rows = [row_of(case, name, kind, case.n * k) for case in cases for name, kind, k in who]
+    for row in rows:
+        if row["kind"] == "floor":
+            del row["peak_extra_mib"]
+    other = [HeadCase(128, 49152, 576, "fp32", mode="full"), HeadCase(128, 49152, 576, "fp32", mask_ratio=0.5)]
+    rows += [row_of(case, "naive", "baseline", 1.0) for case in (*other, HeadCase(128, 49152, 64, "fp32"))]
+    return [*rows, rows[0] | {"provider": "trl chunked", "kind": "peer", "status": "error", "error": "x"}]
+
+
+def test_plots_show_what_the_rows_hold(sweep, tmp_path):
+    plot = next(p for p in plots.PLOTS if p.file == "cpu-time-vs-n")
+    series = plots.series_of(plot, plots.cases_of(plot, sweep))
+    assert list(series) == ["naive", "powerflow_fast", "gemm"]  # as the lines end, the slowest first
+    assert series["naive"] == [(64, 128.0), (512, 1024.0)]
+    memory = next(p for p in plots.PLOTS if p.file == "cpu-memory-vs-n")
+    assert "gemm" not in plots.series_of(memory, plots.cases_of(memory, sweep))
+    rate = next(p for p in plots.PLOTS if p.file == "cpu-rate-vs-n")
+    (_, useful), _ = plots.series_of(rate, plots.cases_of(rate, sweep))["gemm"]
+    assert useful == pytest.approx(4 * 64 * 49152 * 576 / (0.9 * 64 * 1e-3) / 1e12)
+    assert not plots.cases_of(plot, sweep[:3])  # one length is no sweep
     first, second = tmp_path / "a" / "p.svg", tmp_path / "b" / "p.svg"
     for path in (first, second):
         path.parent.mkdir()
-        assert render.plot(path, rows, "ms_p50", "n", fixed)
+        assert plots.draw(plot, sweep, path)
     assert first.read_bytes() == second.read_bytes() and b"powerflow_fast" in first.read_bytes()
+
+
+def test_every_provider_has_a_look_of_its_own():
+    names = [p.name for p in head_peers.HEAD_PROVIDERS if p.kind in ("peer", "baseline")]
+    looks = {(plots.style(name)["color"], plots.style(name)["marker"]) for name in names}
+    assert len(looks) == len(names)
+
+
+def test_plots_with_dots_have_a_line_per_case(sweep, tmp_path):
+    plot = plots.Plot("cpu-rate", "rate", ("cpu-n",), None)
+    assert len(plots.cases_of(plot, sweep)) == 4
+    assert plots.draw(plot, sweep, tmp_path / "dots.svg")
+    text = (tmp_path / "dots.svg").read_text()
+    assert text.count("512 × 49,152 × 576") == 1 and text.count("bare products") == 1
+
+
+def test_defeats_are_listed(sweep):
+    assert "Nowhere" in render.defeats(sweep)
+    lost = [row | {"ms_p50": row["ms_p50"] / 4} if row["provider"] == "naive" else row for row in sweep]
+    text = render.defeats(lost)
+    assert text.count("naive takes 0.50 of our time") == 2 and "MiB against" not in text
+    smaller = [row | {"peak_extra_mib": 0.5} if row["provider"] == "naive" else row for row in sweep]
+    assert render.defeats(smaller).count("naive 0.5 MiB against our") == 2
+
+
+def test_images_in_the_tables_exist(tmp_path, sweep):
+    """A plot is in the text if and only if it was drawn."""
+    environment = dict.fromkeys(("date", "python", "triton", "cuda", "driver", "cpu_capability", "release"), "x")
+    environment |= {"load_1min": 1.0, "tests": "passed", "commit": "abc", "dirty": False, "threads": 2, "reps": 3}
+    environment |= {"rehearsal": False, "ms_p20": 1.0, "ms_p80": 1.0, "executed_flop": None}
+    (tmp_path / "cpu-n.jsonl").write_text("".join(json.dumps(row | environment) + "\n" for row in sweep))
+    document = tmp_path / "README.md"
+    document.write_text(f"{render.BEGIN}\n{render.END}\n")
+    assert render.main(["--results", str(tmp_path), "--readme", str(document), "--page", str(document)]) == 0
+    named = set(re.findall(r"\]\((\S+)\.svg\)", (tmp_path / "TABLES.md").read_text()))
+    assert named == {path.stem for path in tmp_path.glob("*.svg")}
+    assert named == {f"cpu-{quantity}-vs-n" for quantity in ("time", "memory", "rate")}
+    assert "(results/cpu-memory-vs-n.svg)" in document.read_text()
 
 
 def test_readme_shows_the_committed_rows():
