@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import peers
 import pytest
 import torch
-import workloads
-from workloads import LaTbCase
+from la_tb_case import LaTbCase, la_tb_inputs
+from la_tb_peers import LA_TB_PROVIDERS, la_tb_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("provider", peers.LA_TB_PROVIDERS, ids=lambda p: p.name)
+@pytest.mark.parametrize("provider", LA_TB_PROVIDERS, ids=lambda p: p.name)
 @pytest.mark.parametrize(("n", "b"), [(16384, 64), (65536, 1024)])
 def test_la_tb(benchmark, provider, n, b):
     case = LaTbCase(n, b)
-    inputs = workloads.la_tb_inputs(case, DEVICE)
+    inputs = la_tb_inputs(case, DEVICE)
     try:
-        step = peers.la_tb_step(provider, case, inputs)
+        step = la_tb_step(provider, case, inputs)
         step()
     except Exception as error:
         pytest.skip(f"{provider.name}: {error}")

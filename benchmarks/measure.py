@@ -30,16 +30,23 @@ ROOT = Path(__file__).resolve().parents[1]
 Outputs = tuple[Tensor, ...]
 
 # The files whose change makes a figure of ours out of date, by (op, backend). Those of others depend on a release.
-_SOURCES = {
-    ("linear_logprobs", "torch"): ("package/logprobs.py", "package/chunked.py"),
-    ("linear_logprobs", "triton"): (
-        "package/logprobs.py",
-        "kernels/launch.py",
-        "kernels/linear_logprob_fwd.py",
-        "kernels/linear_logprob_bwd.py",
-    ),
-    ("la_tb_loss", "compiled"): ("csrc/la_tb.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py"),
-    ("la_tb_loss", "torch"): ("package/objectives.py",),
+_HEAD_TORCH = ("package/logprobs.py", "package/chunked.py")
+_HEAD_TRITON = (
+    "package/logprobs.py",
+    "kernels/launch.py",
+    "kernels/linear_logprob_fwd.py",
+    "kernels/linear_logprob_bwd.py",
+)
+_LOSS = ("csrc/la_tb.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py")
+_UPDATE = tuple(f"package/{name}.py" for name in ("update", "models", "heads", "packing", "partition"))
+SOURCES = {
+    ("linear_logprobs", "torch"): _HEAD_TORCH,
+    ("linear_logprobs", "triton"): _HEAD_TRITON,
+    ("linear_la_tb_loss", "torch"): _HEAD_TORCH + _LOSS,
+    ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS,
+    ("la_tb_loss", "compiled"): _LOSS,
+    ("update", "torch"): _HEAD_TORCH + _LOSS + _UPDATE,
+    ("update", "triton"): _HEAD_TRITON + _LOSS + _UPDATE,
 }
 
 
@@ -49,7 +56,7 @@ def source_digest(op: str, backend: str, *, package: Path | None = None) -> str:
     kernels = package / "kernels" if (package / "kernels").is_dir() else package.parent / "kernels"
     roots = {"package": package, "kernels": kernels, "csrc": ROOT / "csrc"}
     digest = hashlib.sha256()
-    for name in _SOURCES[op, backend]:
+    for name in SOURCES[op, backend]:
         folder, file = name.split("/")
         digest.update((roots[folder] / file).read_bytes())
     return digest.hexdigest()[:12]

@@ -25,31 +25,18 @@ if importlib.util.find_spec("powerflow_fast") is None:
     sys.path.insert(1, str(ROOT))  # a checkout needs no installation; an installed package comes first
 
 import measure  # noqa: E402
-import peers  # noqa: E402
 import torch  # noqa: E402
-import workloads  # noqa: E402
-from workloads import HeadCase, LaTbCase  # noqa: E402
+from head_case import DTYPES  # noqa: E402
+from operations import OPERATIONS, Case, tests_of  # noqa: E402
+from providers import Provider  # noqa: E402
+from suites import SUITES  # noqa: E402
 
 from powerflow_fast.dispatch import resolve_backend  # noqa: E402
-
-Case = HeadCase | LaTbCase
-
-# Our own result is wrong, not just slow, beyond these. A half-precision gradient is rounded once on its way out.
-OUR_LIMITS = {"logp_max_err": 1e-3, "d_hidden_rel_err": 1e-2, "d_weight_rel_err": 1e-2}
-OUR_LA_TB_LIMIT = 1e-5
-
-# pytest arguments of a quick subset, by op and device; Triton's kernels are tested on a GPU
-TESTS = {
-    ("linear_logprobs", "cpu"): ["tests/test_logprobs.py", "-k", "torch and (value_and_gradients or bits or extreme)"],
-    ("linear_logprobs", "cuda"): ["tests/gpu"],
-    ("la_tb_loss", "cpu"): ["tests/test_objectives.py", "-k", "oracle or clipped or long_sums"],
-    ("la_tb_loss", "cuda"): ["tests/gpu"],
-}
 
 
 def run_tests(ops: set[str], device: torch.device) -> bool:
     """The ops' own tests in a process of their own: on a CPU they use Triton's interpreter, which must be off here."""
-    for selection in {tuple(TESTS[op, device.type]) for op in ops}:
+    for selection in {tuple(tests_of(OPERATIONS[op], device)) for op in ops}:
         arguments = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", *selection]
         # not `python -m pytest`: that puts kernels/ in front of a package of the same name
         code = f"import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main({arguments!r}))"
@@ -62,19 +49,12 @@ def run_tests(ops: set[str], device: torch.device) -> bool:
     return True
 
 
-def inputs_of(case: Case, device: torch.device):
-    return (workloads.head_inputs if case.op == HeadCase.op else workloads.la_tb_inputs)(case, device)
-
-
-def step_of(provider: peers.Provider, case: Case, inputs):
-    return (peers.head_step if case.op == HeadCase.op else peers.la_tb_step)(provider, case, inputs)
-
-
-def warm_step(provider: peers.Provider, case: Case, inputs, device: torch.device):
+def warm_step(provider: Provider, case: Case, inputs, device: torch.device):
     """The step of a provider, with its code loaded and its threads started; a GPU warms up in whole rounds besides."""
-    step = step_of(provider, case, inputs)
+    make = OPERATIONS[case.op].step
+    step = make(provider, case, inputs)
     if device.type == "cpu":
-        (step if provider.warm_whole else step_of(provider, case, inputs.first(8)))()
+        (step if provider.warm_whole else make(provider, case, inputs.first(8)))()
     return step
 
 
@@ -87,7 +67,8 @@ def probe_memory(case: Case, names: list[str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    inputs = inputs_of(case, device)
+    inputs = OPERATIONS[case.op].inputs(case, device)
+    providers = {p.name: p for p in OPERATIONS[case.op].providers(device, case.dtype)}
     for name in names:
         sys.stdout.flush()
         child = os.fork()
@@ -96,8 +77,7 @@ def probe_memory(case: Case, names: list[str]) -> None:
             continue
         try:
             torch.set_num_threads(threads)
-            provider = provider_named(case.op, name)
-            step = warm_step(provider, case, inputs, device)
+            step = warm_step(providers[name], case, inputs, device)
             result: dict = {"peak_extra_mib": round(measure.rss_peak_mib(step), 2)}
         except Exception as error:
             result = {"peak_extra_mib": None, "peak_error": measure.describe(error)}
@@ -121,48 +101,49 @@ def cpu_peak_memory(case: Case, names: list[str], options: argparse.Namespace) -
     return {name: found.get(name, missing) | {"peak_method": "VmHWM of one process"} for name in names}
 
 
-def provider_named(op: str, name: str) -> peers.Provider:
-    known = peers.HEAD_PROVIDERS if op == HeadCase.op else peers.LA_TB_PROVIDERS
-    return next(p for p in known if p.name == name)
-
-
-def backend_of(provider: peers.Provider, case: Case, device: torch.device) -> str | None:
+def backend_of(provider: Provider, case: Case, device: torch.device) -> str | None:
     if provider.backend in (None, "compiled"):
         return provider.backend
-    return resolve_backend(provider.backend, device, workloads.DTYPES[case.dtype])
+    return resolve_backend(provider.backend, device, DTYPES[case.dtype])
 
 
-def identity(provider: peers.Provider, case: Case, device: torch.device) -> dict:
+def identity(provider: Provider, case: Case, device: torch.device) -> dict:
     """Who and what: everything in a row that is known before it is measured."""
     row = {"op": case.op, "provider": provider.name, "kind": provider.kind, "mode": case.mode}
-    row |= {**dataclasses.asdict(case), "dtype": case.dtype, "device_type": device.type}
+    row |= {**dataclasses.asdict(case), "n": case.n, "dtype": case.dtype, "device_type": device.type}
     row["l2"] = case.l2 if device.type == "cuda" else None
     try:
         row["release"] = importlib.metadata.version(provider.distribution)
     except importlib.metadata.PackageNotFoundError:
         row["release"] = None
     row["useful_flop"] = case.useful_flop()
-    row["executed_flop"] = None
-    if provider.passes and case.mask_ratio == 0:
-        row["executed_flop"] = 2 * case.n * case.v * case.h * provider.passes[workloads.MODES.index(case.mode)]
+    row["executed_flop"] = case.executed_flop(provider.passes)
     return row
 
 
-def outside_limits(row: dict) -> list[str]:
+def outside_limits(row: dict, naive: dict) -> list[str]:
+    """What is wrong with a result of ours; ``naive`` is that provider's row, with errors if it ran."""
     if row["kind"] != "ours":
         return []
-    limits = OUR_LIMITS
-    if row["op"] == LaTbCase.op:
-        limits = dict.fromkeys(("loss_rel_err", "d_logps_rel_err", "d_log_z_rel_err"), OUR_LA_TB_LIMIT)
-    wrong = [f"{key}={row[key]:.1e}" for key, limit in limits.items() if key in row and not row[key] <= limit]
-    return [*wrong, "bits differ from run to run"] if row.get("repeatable") is False else wrong
+    operation = OPERATIONS[row["op"]]
+    wrong = []
+    for key, limit in operation.limits.items():
+        limit += 2 * naive.get(key, 0.0) if operation.whole_model else 0.0
+        if key in row and not row[key] <= limit:
+            wrong.append(f"{key}={row[key]:.1e}")
+    if row.get("repeatable") is False and not operation.whole_model:
+        wrong.append("bits differ from run to run")
+    return wrong
 
 
 def measure_case(case: Case, options: argparse.Namespace, device: torch.device) -> list[dict]:
     """One row per provider."""
-    inputs = inputs_of(case, device)
-    exact = (workloads.head_reference if case.op == HeadCase.op else workloads.la_tb_reference)(inputs)
-    providers = peers.default_providers(case.op, device, case.dtype)
+    operation = OPERATIONS[case.op]
+    inputs = operation.inputs(case, device)
+    exact = operation.reference(inputs)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    providers = operation.providers(device, case.dtype)
     providers = [p for p in providers if p.name in (options.providers or [p.name]) and p.name not in options.without]
     rows: dict[str, dict] = {p.name: identity(p, case, device) for p in providers}
     calls = {}
@@ -185,15 +166,12 @@ def measure_case(case: Case, options: argparse.Namespace, device: torch.device) 
             row["repeatable"] = measure.fingerprint(outputs) == bits.pop(name)
             return
         bits[name] = measure.fingerprint(outputs)
-        if case.op == HeadCase.op:
-            row |= workloads.head_errors(outputs, exact)
-        else:
-            row |= workloads.la_tb_errors(peers.la_tb_packed(outputs, inputs), exact)
+        row |= operation.errors(outputs, inputs, exact)
 
     timings = measure.interleave(
         calls,
         measure.Clock(device, cold=case.l2 == "cold"),
-        warmup=3 if device.type == "cuda" or case.op == LaTbCase.op else 0,
+        warmup=3 if device.type == "cuda" or operation.short else 0,
         min_reps=options.min_reps,
         max_reps=options.max_reps,
         budget_s=options.budget,
@@ -206,7 +184,7 @@ def measure_case(case: Case, options: argparse.Namespace, device: torch.device) 
             row |= {"status": "error", "error": timing.error}
             continue
         row |= {"status": "ok", **timing.summary()}
-        if wrong := outside_limits(row):
+        if wrong := outside_limits(row, rows.get("naive", {})):
             row |= {"status": "wrong", "error": "; ".join(wrong)}
     measured = []
     for name, row in rows.items():
@@ -226,13 +204,6 @@ def measure_case(case: Case, options: argparse.Namespace, device: torch.device) 
     return list(rows.values())
 
 
-def describe_case(case: Case) -> str:
-    if case.op == LaTbCase.op:
-        return f"la_tb n={case.n} b={case.b} {'off' if case.off_policy else 'on'}-policy"
-    extra = f" masked {case.mask_ratio:.0%}" if case.mask_ratio else ""
-    return f"{case.mode} n={case.n} v={case.v} h={case.h} {case.dtype}{extra}"
-
-
 def show(rows: list[dict]) -> None:
     for row in sorted(rows, key=lambda row: row.get("ms_p50", float("inf"))):
         if row["status"] == "ok":
@@ -248,7 +219,7 @@ def show(rows: list[dict]) -> None:
 
 def run_suite(name: str, options: argparse.Namespace, device: torch.device, tests: str) -> bool:
     """Writes ``<out>/<suite>.jsonl``; False if a result of ours was wrong."""
-    cases = workloads.SUITES[name][: options.limit]
+    cases = SUITES[name][: options.limit]
     if options.rehearse:
         cases = [case.tiny() for case in cases]
     environment = {"suite": name, **measure.environment(device), "tests": tests, "rehearsal": options.rehearse}
@@ -259,12 +230,12 @@ def run_suite(name: str, options: argparse.Namespace, device: torch.device, test
     with open(options.out / f"{name}.jsonl", "w", encoding="utf-8") as file:
         for case in cases:
             if time.monotonic() > deadline:
-                print(f"{name}: time limit reached before {describe_case(case)}", flush=True)
+                print(f"{name}: time limit reached before {case.title()}", flush=True)
                 reason = {"status": "skipped", "error": "time limit of the suite reached before this case"}
-                providers = peers.default_providers(case.op, device, case.dtype)
+                providers = OPERATIONS[case.op].providers(device, case.dtype)
                 rows = [identity(p, case, device) | reason for p in providers]
             else:
-                print(f"{name}: {describe_case(case)}", flush=True)
+                print(f"{name}: {case.title()}", flush=True)
                 rows = measure_case(case, options, device)
                 show(rows)
             for row in rows:
@@ -283,7 +254,7 @@ def run_suite(name: str, options: argparse.Namespace, device: torch.device, test
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(workloads.SUITES)}")
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSONL files")
     parser.add_argument("--peers", type=Path, help="folder with peers installed by pip install --no-deps --target")
     parser.add_argument("--providers", nargs="+", help="only these")
@@ -302,9 +273,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes: tries the machinery, measures nothing")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    unknown = [name for name in options.suites if name not in workloads.SUITES]
+    unknown = [name for name in options.suites if name not in SUITES]
     if unknown:
-        parser.error(f"no such suite: {', '.join(unknown)} (of {', '.join(workloads.SUITES)})")
+        parser.error(f"no such suite: {', '.join(unknown)} (of {', '.join(SUITES)})")
     return options
 
 
@@ -315,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.probe:
         job = json.loads(options.probe)
         op, fields = job["case"]
-        probe_memory((HeadCase if op == HeadCase.op else LaTbCase)(**fields), job["providers"])
+        probe_memory(OPERATIONS[op].case(**fields), job["providers"])
         return 0
     device = torch.device(options.device)
     if options.budget is None:
@@ -324,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     tests = "skipped"
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.skip_tests:
-        if not run_tests({workloads.SUITES[name][0].op for name in suites}, device):
+        if not run_tests({SUITES[name][0].op for name in suites}, device):
             print("run.py: the tests fail; nothing was measured", file=sys.stderr)
             return 2
         tests = "passed"

@@ -1,8 +1,10 @@
-"""The benchmark suite: its providers compute the same thing, its rows say what happened, its documents match them."""
+"""The benchmark suite: its rows say what happened, its documents match them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,87 +18,16 @@ if not (BENCHMARKS / "run.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
 
+import head_peers  # noqa: E402
 import measure  # noqa: E402
-import peers  # noqa: E402
+import operations  # noqa: E402
+import plots  # noqa: E402
 import render  # noqa: E402
 import run  # noqa: E402
-import workloads  # noqa: E402
+from head_case import HeadCase  # noqa: E402
 
 CPU = torch.device("cpu")
 RESULTS = BENCHMARKS / "results"
-# Triton's kernels have their own tests, and torch.compile would take most of the time
-HEAD = [p for p in peers.HEAD_PROVIDERS if p.name not in ("powerflow_fast triton", "naive compiled")]
-
-
-@pytest.mark.parametrize("provider", HEAD, ids=lambda p: p.name)
-@pytest.mark.parametrize("mode", workloads.MODES)
-def test_providers_keep_the_contract(provider, mode):
-    """fp32 log-probs, a gradient per token and masked rows, against fp64; who can't run here has to say why."""
-    case = workloads.HeadCase(33, 501, 128, "fp32", mode, mask_ratio=0.3)
-    inputs = workloads.head_inputs(case, CPU)
-    try:
-        outputs = peers.head_step(provider, case, inputs)()
-    except (ImportError, RuntimeError) as error:
-        assert measure.describe(error) and provider.distribution not in ("torch", "powerflow_fast")
-        pytest.skip(measure.describe(error))
-    if provider.kind == "floor":
-        assert outputs == ()
-        return
-    assert len(outputs) == 1 + workloads.MODES.index(mode)
-    errors = workloads.head_errors(outputs, workloads.head_reference(inputs))
-    assert errors["logp_max_err"] < 2e-5
-    assert all(value < 1e-5 for name, value in errors.items() if name.endswith("rel_err"))
-    assert not outputs[0][inputs.labels == workloads.IGNORE].any()
-    if mode != "no_grad":
-        assert not outputs[1][inputs.labels == workloads.IGNORE].any()
-
-
-def test_the_reference_is_the_oracle():
-    """The slab-wise fp64 reference of the suite against autograd through the materialised oracle."""
-    from powerflow_fast.kernels.reference import linear_logprobs_ref
-
-    inputs = workloads.head_inputs(workloads.HeadCase(64, 9000, 256, "bf16", "full", mask_ratio=0.25), CPU)
-    exact = workloads.head_reference(inputs)
-    hidden, weight = (t.double().requires_grad_() for t in (inputs.hidden, inputs.weight))
-    logp = linear_logprobs_ref(hidden, weight, inputs.labels)
-    d_hidden, d_weight = torch.autograd.grad(logp, [hidden, weight], inputs.upstream.double())
-    torch.testing.assert_close(exact.logp, logp.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(exact.d_hidden, d_hidden[exact.rows], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(exact.d_weight, d_weight[exact.columns], rtol=1e-9, atol=1e-12)
-    assert logp.min() < -6 and logp[logp != 0].max() > -1e-2  # unlikely and confident tokens
-
-
-@pytest.mark.parametrize("provider", peers.HEAD_PROVIDERS[:1] + HEAD, ids=lambda p: p.name)
-def test_passes_count_what_runs(provider):
-    """The executed FLOP of a row, against the products that PyTorch's profiler sees."""
-    if provider.passes is None:
-        pytest.skip("gradient filtering: its FLOP depend on the data")
-    for mode, passes in zip(workloads.MODES, provider.passes, strict=True):
-        case = workloads.HeadCase(24, 601, 128, "fp32", mode)
-        try:
-            step = peers.head_step(provider, case, workloads.head_inputs(case, CPU))
-            step()
-        except (ImportError, RuntimeError) as error:
-            pytest.skip(measure.describe(error))
-        with torch.profiler.profile(record_shapes=True) as profile:
-            step()
-        flop = 0
-        for event in profile.events():
-            name = event.name.removeprefix("aten::").rstrip("_")
-            if name in ("mm", "addmm") and event.name.startswith("aten::"):
-                a, b = event.input_shapes[:2] if name == "mm" else event.input_shapes[1:3]
-                flop += 2 * a[0] * a[1] * b[1]
-        assert flop == pytest.approx(passes * 2 * case.n * case.v * case.h, rel=0.02), mode
-
-
-@pytest.mark.parametrize("provider", peers.LA_TB_PROVIDERS[:3], ids=lambda p: p.name)
-@pytest.mark.parametrize("off_policy", [False, True])
-def test_la_tb_providers_agree(provider, off_policy):
-    case = workloads.LaTbCase(300, 7, off_policy)
-    inputs = workloads.la_tb_inputs(case, CPU)
-    outputs = peers.la_tb_packed(peers.la_tb_step(provider, case, inputs)(), inputs)
-    errors = workloads.la_tb_errors(outputs, workloads.la_tb_reference(inputs))
-    assert max(errors.values()) < 1e-4, errors
 
 
 def test_interleave_is_fair_and_loses_nobody():
@@ -197,14 +128,17 @@ def test_rows_say_everything(rehearsal):
 
 def test_red_tests_stop_the_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "test_red.py").write_text("def test_red():\n    assert False\n")
-    monkeypatch.setitem(run.TESTS, ("linear_logprobs", "cpu"), [str(tmp_path / "test_red.py")])
+    tests = operations.OPERATIONS["linear_logprobs"].tests
+    monkeypatch.setitem(tests, "cpu", [str(tmp_path / "test_red.py")])
     assert run.main(["cpu", "--rehearse", "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "nothing was measured" in capsys.readouterr().err and not (tmp_path / "cpu.jsonl").exists()
 
 
 def test_a_wrong_result_of_ours_is_not_a_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        peers, "linear_logprobs", lambda hidden, weight, labels, **_: peers.naive(hidden, weight, labels) + 0.1
+        head_peers,
+        "linear_logprobs",
+        lambda hidden, weight, labels, **_: head_peers.naive(hidden, weight, labels) + 0.1,
     )
     options = [
         "cpu",
@@ -230,9 +164,10 @@ def published(rehearsal, tmp_path):
     rows = [json.loads(line) | {"rehearsal": False} for line in (rehearsal / "cpu.jsonl").read_text().splitlines()]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
-    return ["--results", str(tmp_path / "results"), "--readme", str(readme)], readme
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    for document in (readme, page):
+        document.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    return ["--results", str(tmp_path / "results"), "--readme", str(readme), "--page", str(page)], readme
 
 
 def test_render_round_trip(published):
@@ -241,12 +176,13 @@ def test_render_round_trip(published):
     assert render.main(arguments) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
-    assert "| 16 × 505 × 128 | fp32 | frozen |" in text and "F.linear_cross_entropy: " in text
+    assert "| CPU, frozen head | 16 × 2379 × 128 | fp32 |" in text and "F.linear_cross_entropy: " in text
     assert render.main([*arguments, "--check"]) == 0
     readme.write_text(text.replace("MiB", "KiB", 1))
     assert render.main([*arguments, "--check"]) == 1
     tables = (Path(arguments[1]) / "TABLES.md").read_text()
-    assert "verl triton: error, " in tables and "| gemm |" in tables
+    assert "verl triton: error, " in tables and "| gemm |" in tables and "| **powerflow_fast** |" in tables
+    assert "d_hidden error" in tables and "d_weight error" not in tables  # nobody has one with a frozen head
 
 
 def test_figures_of_older_sources_are_marked(published):
@@ -259,7 +195,7 @@ def test_figures_of_older_sources_are_marked(published):
     render.main(arguments)
     text = readme.read_text()
     assert text.count(render.STALE) == 2 and f"{render.STALE} measured before the last change" in text
-    assert f"powerflow_fast{render.STALE}" in (Path(arguments[1]) / "TABLES.md").read_text()
+    assert f"**powerflow_fast**{render.STALE}" in (Path(arguments[1]) / "TABLES.md").read_text()
 
 
 def test_a_changed_source_changes_the_digest(tmp_path):
@@ -284,30 +220,80 @@ def test_rehearsals_are_never_published(rehearsal, published):
         render.main(["--results", str(rehearsal), *arguments[2:]])
 
 
-def test_plots_show_what_the_rows_hold(tmp_path):
-    fixed = {"device_type": "cpu", "v": 49152, "h": 576, "dtype": "fp32"}
-    base = {
-        "op": "linear_logprobs",
-        "mode": "frozen",
-        "mask_ratio": 0.0,
-        "status": "ok",
-        "l2": None,
-        "device": "x",
-        **fixed,
-    }
-    rows = [
-        base | {"provider": name, "kind": kind, "n": n, "ms_p50": n * k, "peak_extra_mib": n}
-        for name, kind, k in (("powerflow_fast", "ours", 1.0), ("naive", "baseline", 2.0))
-        for n in (64, 512)
-    ]
-    rows.append(rows[0] | {"mode": "full", "n": 128})
-    series = render.plot_series(rows, "ms_p50", "n", fixed)
-    assert series == {"powerflow_fast": [(64, 64.0), (512, 512.0)], "naive": [(64, 128.0), (512, 1024.0)]}
+def row_of(case, provider: str, kind: str, ms: float, **more) -> dict:
+    row = {"suite": "cpu-n", "device": "x", "device_type": "cpu", "op": case.op, "mode": case.mode, "torch": "2"}
+    fields = {**dataclasses.asdict(case), "provider": provider, "kind": kind, "status": "ok", "ms_p50": ms}
+    return {**row, **fields, "useful_flop": case.useful_flop(), "peak_extra_mib": ms / 2, **more}
+
+
+@pytest.fixture
+def sweep():
+    """Two providers and the floor at two lengths, and what doesn't belong to the sweep."""
+    cases = [HeadCase(n, 49152, 576, "fp32") for n in (512, 64)]
+    who = (("powerflow_fast", "ours", 1.0), ("naive", "baseline", 2.0), ("gemm", "floor", 0.9))
+    rows = [row_of(case, name, kind, case.n * k) for case in cases for name, kind, k in who]
+    for row in rows:
+        if row["kind"] == "floor":
+            del row["peak_extra_mib"]
+    other = [HeadCase(128, 49152, 576, "fp32", mode="full"), HeadCase(128, 49152, 576, "fp32", mask_ratio=0.5)]
+    rows += [row_of(case, "naive", "baseline", 1.0) for case in (*other, HeadCase(128, 49152, 64, "fp32"))]
+    return [*rows, rows[0] | {"provider": "trl chunked", "kind": "peer", "status": "error", "error": "x"}]
+
+
+def test_plots_show_what_the_rows_hold(sweep, tmp_path):
+    plot = next(p for p in plots.PLOTS if p.file == "cpu-time-vs-n")
+    series = plots.series_of(plot, plots.cases_of(plot, sweep))
+    assert list(series) == ["naive", "powerflow_fast", "gemm"]  # as the lines end, the slowest first
+    assert series["naive"] == [(64, 128.0), (512, 1024.0)]
+    memory = next(p for p in plots.PLOTS if p.file == "cpu-memory-vs-n")
+    assert "gemm" not in plots.series_of(memory, plots.cases_of(memory, sweep))
+    rate = next(p for p in plots.PLOTS if p.file == "cpu-rate-vs-n")
+    (_, useful), _ = plots.series_of(rate, plots.cases_of(rate, sweep))["gemm"]
+    assert useful == pytest.approx(4 * 64 * 49152 * 576 / (0.9 * 64 * 1e-3) / 1e12)
+    assert not plots.cases_of(plot, sweep[:3])  # one length is no sweep
     first, second = tmp_path / "a" / "p.svg", tmp_path / "b" / "p.svg"
     for path in (first, second):
         path.parent.mkdir()
-        assert render.plot(path, rows, "ms_p50", "n", fixed)
+        assert plots.draw(plot, sweep, path)
     assert first.read_bytes() == second.read_bytes() and b"powerflow_fast" in first.read_bytes()
+
+
+def test_every_provider_has_a_look_of_its_own():
+    names = [p.name for p in head_peers.HEAD_PROVIDERS if p.kind in ("peer", "baseline")]
+    looks = {(plots.style(name)["color"], plots.style(name)["marker"]) for name in names}
+    assert len(looks) == len(names)
+
+
+def test_plots_with_dots_have_a_line_per_case(sweep, tmp_path):
+    plot = plots.Plot("cpu-rate", "rate", ("cpu-n",), None)
+    assert len(plots.cases_of(plot, sweep)) == 4
+    assert plots.draw(plot, sweep, tmp_path / "dots.svg")
+    text = (tmp_path / "dots.svg").read_text()
+    assert text.count("512 × 49,152 × 576") == 1 and text.count("bare products") == 1
+
+
+def test_defeats_are_listed(sweep):
+    assert "Nowhere" in render.defeats(sweep)
+    lost = [row | {"ms_p50": row["ms_p50"] / 4} if row["provider"] == "naive" else row for row in sweep]
+    text = render.defeats(lost)
+    assert text.count("naive takes 0.50 of our time") == 2 and "MiB against" not in text
+    smaller = [row | {"peak_extra_mib": 0.5} if row["provider"] == "naive" else row for row in sweep]
+    assert render.defeats(smaller).count("naive 0.5 MiB against our") == 2
+
+
+def test_images_in_the_tables_exist(tmp_path, sweep):
+    """A plot is in the text if and only if it was drawn."""
+    environment = dict.fromkeys(("date", "python", "triton", "cuda", "driver", "cpu_capability", "release"), "x")
+    environment |= {"load_1min": 1.0, "tests": "passed", "commit": "abc", "dirty": False, "threads": 2, "reps": 3}
+    environment |= {"rehearsal": False, "ms_p20": 1.0, "ms_p80": 1.0, "executed_flop": None}
+    (tmp_path / "cpu-n.jsonl").write_text("".join(json.dumps(row | environment) + "\n" for row in sweep))
+    document = tmp_path / "README.md"
+    document.write_text(f"{render.BEGIN}\n{render.END}\n")
+    assert render.main(["--results", str(tmp_path), "--readme", str(document), "--page", str(document)]) == 0
+    named = set(re.findall(r"\]\((\S+)\.svg\)", (tmp_path / "TABLES.md").read_text()))
+    assert named == {path.stem for path in tmp_path.glob("*.svg")}
+    assert named == {f"cpu-{quantity}-vs-n" for quantity in ("time", "memory", "rate")}
+    assert "(results/cpu-memory-vs-n.svg)" in document.read_text()
 
 
 def test_readme_shows_the_committed_rows():

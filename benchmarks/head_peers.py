@@ -1,18 +1,13 @@
-"""Who is measured. Each provider of the head is a function ``(hidden, weight, labels) -> (N,) fp32 log-probs``.
+"""Who computes the head. Each provider is a function ``(hidden, weight, labels) -> (N,) fp32 log-probs``.
 
-Peers come from their installed packages, at the settings they ship with; nothing of theirs is copied here. A provider
-that cannot run where it is asked to is listed with its error, never left out. Rows with label -100 must give 0.
-
-``passes`` counts the [N, V, H] products (2·N·V·H FLOP each) that a provider executes without a gradient, with a frozen
-and with a trainable head, as its source has it; the tests count those of the providers that run on a CPU.
+Peers come from their installed packages, at the settings they ship with; nothing of theirs is copied here. Rows with
+label -100 must give 0.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
-import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -20,38 +15,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from head_case import DTYPES, IGNORE, HeadCase, HeadInputs
 from measure import Outputs
+from providers import Provider, package, require_cuda
 from torch import Tensor
-from workloads import DTYPES, IGNORE, HeadCase, HeadInputs, LaTbCase, LaTbInputs
 
-from powerflow_fast import la_tb_loss, linear_logprobs
-from powerflow_fast._extension import extension_status
+from powerflow_fast import linear_logprobs
 from powerflow_fast.dispatch import resolve_backend
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def package(name: str) -> types.ModuleType:
-    """A package whose submodules can be imported without running its ``__init__``, which may need what isn't here."""
-    if name in sys.modules:
-        return sys.modules[name]
-    parent, _, leaf = name.rpartition(".")
-    if parent:
-        path = [f"{folder}/{leaf}" for folder in package(parent).__path__]
-    else:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.submodule_search_locations is None:
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        path = list(spec.submodule_search_locations)
-    module = types.ModuleType(name)
-    module.__path__ = path
-    sys.modules[name] = module
-    return module
-
-
-def require_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise RuntimeError(f"its kernels need a CUDA device, this is {device.type}")
 
 
 def masked(compute: Logprobs) -> Logprobs:
@@ -186,26 +158,6 @@ def _bind(load: Callable[..., Logprobs], **options: object) -> Callable[[torch.d
     return lambda device: load(device, **options)
 
 
-@dataclasses.dataclass(frozen=True)
-class Provider:
-    """One way to compute a case. ``distribution`` is the package whose release the figures belong to."""
-
-    name: str
-    distribution: str
-    load: Callable[[torch.device], Callable[..., object]]
-    passes: tuple[int, int, int] | None = None
-    backend: str | None = None
-    warm_whole: bool = False  # warming up on a few rows would compile for the wrong shape
-
-    @property
-    def kind(self) -> str:
-        if self.name.startswith("powerflow_fast"):
-            return "ours"
-        if self.name.startswith("gemm"):
-            return "floor"
-        return "baseline" if self.name.startswith(("naive", "eager")) else "peer"
-
-
 HEAD_PROVIDERS = [
     Provider("powerflow_fast", "powerflow_fast", _bind(load_ours, backend="auto"), (1, 2, 4), "auto"),
     Provider("powerflow_fast torch", "powerflow_fast", _bind(load_ours, backend="torch"), (1, 2, 4), "torch"),
@@ -265,81 +217,12 @@ def head_step(provider: Provider, case: HeadCase, inputs: HeadInputs) -> Callabl
     return step
 
 
-def la_tb_eager(x: LaTbInputs, logps: Tensor, log_z: Tensor) -> Tensor:
-    """The loss in vectorised PyTorch on packed tokens, fp32 throughout."""
-    length = x.cu_seqlens.diff()
-    logp = torch.segment_reduce(logps, "sum", offsets=x.cu_seqlens.long(), unsafe=True)
-    delta = log_z + logp / length - x.alpha * (x.base_logps / length + x.psi)
-    weight = 1.0 if x.old_logps is None else (logp.detach() - x.old_logps).exp().clamp(*x.clip)
-    return (weight * delta.square()).mean()
-
-
-def la_tb_padded(x: LaTbInputs, logps: Tensor, log_z: Tensor, mask: Tensor) -> Tensor:
-    """The same on log-probs that are already padded to (B, T), the layout of most trainers."""
-    length = mask.sum(1)
-    logp = (logps * mask).sum(1)
-    delta = log_z + logp / length - x.alpha * (x.base_logps / length + x.psi)
-    weight = 1.0 if x.old_logps is None else (logp.detach() - x.old_logps).exp().clamp(*x.clip)
-    return (weight * delta.square()).mean()
-
-
-def la_tb_ours(x: LaTbInputs, logps: Tensor, log_z: Tensor) -> Tensor:
-    status = extension_status()
-    if not status.available or (logps.is_cuda and not status.cuda):
-        raise RuntimeError(f"the compiled op is missing here: {status.reason}")
-    options = {"alpha": x.alpha, "psi": x.psi, "old_logps": x.old_logps, "clip": x.clip}
-    return la_tb_loss(logps, x.base_logps, log_z, x.cu_seqlens, **options).loss
-
-
-def load_la_tb_compiled(device: torch.device) -> Callable[..., Tensor]:
-    torch.compiler.reset()
-    return torch.compile(la_tb_eager, dynamic=False)
-
-
-LA_TB_PROVIDERS = [
-    Provider("powerflow_fast", "powerflow_fast", lambda device: la_tb_ours, backend="compiled"),
-    Provider("eager packed", "torch", lambda device: la_tb_eager),
-    Provider("eager padded", "torch", lambda device: la_tb_padded),
-    Provider("eager packed compiled", "torch", load_la_tb_compiled, warm_whole=True),
-]
-
-
-def la_tb_step(provider: Provider, case: LaTbCase, inputs: LaTbInputs) -> Callable[[], Outputs]:
-    """(loss, d_logps (N,), d_log_z (B,)); the padded form's gradient is packed again outside of the timed region."""
-    loss_of = provider.load(inputs.logps.device)
-    logps, log_z = inputs.logps.detach(), inputs.log_z.detach().requires_grad_()
-    arguments: tuple[Tensor, ...] = ()
-    if provider.name == "eager padded":
-        parts = logps.split(inputs.cu_seqlens.diff().tolist())
-        logps = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
-        width = torch.arange(logps.shape[1], device=logps.device)
-        arguments = (width[None] < inputs.cu_seqlens.diff()[:, None],)
-    logps.requires_grad_()
-
-    def step() -> Outputs:
-        loss = loss_of(inputs, logps, log_z, *arguments)
-        return loss.detach(), *torch.autograd.grad(loss, [logps, log_z])
-
-    return step
-
-
-def la_tb_packed(outputs: Outputs, inputs: LaTbInputs) -> Outputs:
-    """The same outputs with the gradient of the log-probs in packed order, (N,)."""
-    loss, d_logps, d_log_z = outputs
-    if d_logps.dim() == 2:
-        lengths = inputs.cu_seqlens.diff().tolist()
-        d_logps = torch.cat([row[:length] for row, length in zip(d_logps, lengths, strict=True)])
-    return loss, d_logps, d_log_z
-
-
-def default_providers(op: str, device: torch.device, dtype: str) -> list[Provider]:
+def default_head_providers(device: torch.device, dtype: str) -> list[Provider]:
     """All of them, without those that would be measured twice: ``auto`` is ``torch`` on a CPU, ``triton`` on a GPU.
 
     A CPU multiplies fp32 several times faster than an emulated half-precision type, so the floor there is the faster of
     the two products.
     """
-    if op == "la_tb_loss":
-        return LA_TB_PROVIDERS
     twice = "powerflow_fast torch" if device.type == "cpu" else "powerflow_fast triton"
     half_on_cpu = device.type == "cpu" and dtype != "fp32"
     return [p for p in HEAD_PROVIDERS if p.name != twice and (p.name != "gemm fp32" or half_on_cpu)]

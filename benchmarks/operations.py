@@ -1,0 +1,97 @@
+"""The operations that are measured: what each of them needs, under one roof for run.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from head_case import HeadCase, head_errors, head_inputs, head_reference
+from head_peers import default_head_providers, head_step
+from la_tb_case import LaTbCase, la_tb_errors, la_tb_inputs, la_tb_reference
+from la_tb_peers import LA_TB_PROVIDERS, la_tb_step
+from loss_case import LossCase, loss_errors, loss_inputs, loss_reference
+from loss_peers import loss_providers, loss_step
+from measure import Outputs
+from providers import Provider
+from update_case import UpdateCase, update_errors, update_inputs, update_reference
+from update_peers import UPDATE_PROVIDERS, update_step
+
+Case = HeadCase | LossCase | LaTbCase | UpdateCase
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    case: type
+    inputs: Callable[[Any, torch.device], Any]
+    reference: Callable[[Any], Any]
+    errors: Callable[[Outputs, Any, Any], dict[str, float]]
+    providers: Callable[[torch.device, str], list[Provider]]
+    step: Callable[[Provider, Any, Any], Callable[[], Outputs]]
+    limits: dict[str, float]
+    """Beyond these errors a result of ours is wrong, not just inexact."""
+    tests: dict[str, list[str]]
+    """pytest arguments of a quick subset by device; Triton's kernels are tested on a GPU."""
+    whole_model: bool = False
+    """A model around it rounds as well, and its attention may sum in any order on a GPU: twice naive's errors are
+    allowed, other bits too."""
+    short: bool = False
+    """Steps of microseconds: whole rounds of warming up cost nothing."""
+
+
+_GPU_TESTS = ["tests/gpu"]
+_LOSS_TESTS = "oracle or from_hidden or (torch and value_and_gradients)"
+_UPDATE_TESTS = "oracle or logits or base"
+
+# A half-precision gradient is rounded once on its way out.
+_GRADIENTS = {"d_hidden_rel_err": 1e-2, "d_weight_rel_err": 1e-2}
+
+OPERATIONS = {
+    HeadCase.op: Operation(
+        HeadCase,
+        head_inputs,
+        head_reference,
+        head_errors,
+        default_head_providers,
+        head_step,
+        {"logp_max_err": 1e-3, **_GRADIENTS},
+        {"cpu": ["tests/test_logprobs.py", "-k", "torch and (value_and_gradients or bits or extreme)"]},
+    ),
+    LossCase.op: Operation(
+        LossCase,
+        loss_inputs,
+        loss_reference,
+        loss_errors,
+        loss_providers,
+        loss_step,
+        {"loss_rel_err": 1e-3, "d_log_z_rel_err": 1e-3, **_GRADIENTS},
+        {"cpu": ["tests/test_objectives.py", "tests/test_logprobs.py", "-k", _LOSS_TESTS]},
+    ),
+    LaTbCase.op: Operation(
+        LaTbCase,
+        la_tb_inputs,
+        la_tb_reference,
+        la_tb_errors,
+        lambda device, dtype: LA_TB_PROVIDERS,
+        la_tb_step,
+        dict.fromkeys(("loss_rel_err", "d_logps_rel_err", "d_log_z_rel_err"), 1e-5),
+        {"cpu": ["tests/test_objectives.py", "-k", "oracle or clipped or long_sums"]},
+        short=True,
+    ),
+    UpdateCase.op: Operation(
+        UpdateCase,
+        update_inputs,
+        update_reference,
+        update_errors,
+        lambda device, dtype: UPDATE_PROVIDERS,
+        update_step,
+        {"loss_rel_err": 1e-4, "grad_rel_err": 1e-4},
+        {"cpu": ["tests/test_objectives.py", "tests/test_partition.py", "tests/test_models.py", "-k", _UPDATE_TESTS]},
+        whole_model=True,
+    ),
+}
+
+
+def tests_of(operation: Operation, device: torch.device) -> list[str]:
+    return operation.tests.get(device.type, _GPU_TESTS)
