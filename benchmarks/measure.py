@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Outputs = tuple[Tensor, ...]
 
 # The files whose change makes a figure of ours out of date, by (op, backend). Those of others depend on a release.
-_HEAD_TORCH = ("package/logprobs.py", "package/chunked.py")
+_HEAD_TORCH = ("package/logprobs.py", "package/chunked.py", "package/products.py")
 _HEAD_TRITON = (
     "package/logprobs.py",
     "kernels/launch.py",
@@ -42,8 +42,8 @@ _UPDATE = tuple(f"package/{name}.py" for name in ("update", "models", "heads", "
 SOURCES = {
     ("linear_logprobs", "torch"): _HEAD_TORCH,
     ("linear_logprobs", "triton"): _HEAD_TRITON,
-    ("linear_la_tb_loss", "torch"): _HEAD_TORCH + _LOSS,
-    ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS,
+    ("linear_la_tb_loss", "torch"): _HEAD_TORCH + _LOSS + ("package/linear_la_tb.py",),
+    ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS + ("package/linear_la_tb.py",),
     ("la_tb_loss", "compiled"): _LOSS,
     ("update", "torch"): _HEAD_TORCH + _LOSS + _UPDATE,
     ("update", "triton"): _HEAD_TRITON + _LOSS + _UPDATE,

@@ -202,8 +202,9 @@ def test_a_changed_source_changes_the_digest(tmp_path):
     package = tmp_path / "powerflow_fast"
     package.mkdir()
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    for name in ("logprobs.py", "chunked.py", "objectives.py"):
-        shutil.copy(ROOT / "powerflow_fast" / name, package)
+    for name in {name for (op, _), names in measure.SOURCES.items() if op == "linear_logprobs" for name in names}:
+        if name.startswith("package/"):
+            shutil.copy(ROOT / "powerflow_fast" / name.removeprefix("package/"), package)
     for backend in ("torch", "triton"):
         same = measure.source_digest("linear_logprobs", backend, package=package)
         assert same == measure.source_digest("linear_logprobs", backend)

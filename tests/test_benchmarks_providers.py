@@ -161,7 +161,6 @@ def test_composed_loss_takes_four_products():
     assert passes_of_the_loss(composed) == pytest.approx(composed.passes[-1], rel=0.02)
 
 
-@pytest.mark.xfail(strict=True, reason="linear_la_tb_loss still recomputes the logits in its backward pass")
 def test_one_pass_loss_takes_three_products():
     (one_pass,) = (p for p in loss_peers.OURS if p.name == "powerflow_fast one pass")
     assert passes_of_the_loss(one_pass) == pytest.approx(one_pass.passes[-1], rel=0.02)
