@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import __version__
 from .errors import CheckpointError, OutputDirError
+from .sharding import laid_out_as
 
 __all__ = [
     "Checkpoint",
@@ -197,16 +198,17 @@ def optimizer_from_tensors(
 
     optimizer = getattr(optimizer, "optimizer", optimizer)
 
-    def decode(item: Mapping[str, Any], device: torch.device) -> Any:
+    def decode(item: Mapping[str, Any], like: Tensor) -> Any:
         if "tensor" in item:
             # Adam keeps its step count on the CPU while its moments live beside the parameter.
-            return tensors[item["tensor"]].to("cpu" if item["cpu"] else device, copy=True)
+            value = tensors[item["tensor"]].to("cpu" if item["cpu"] else like.device, copy=True)
+            return laid_out_as(value, like)
         if "dict" in item:
-            return {k: decode(v, device) for k, v in item["dict"]}
+            return {k: decode(v, like) for k, v in item["dict"]}
         if "list" in item:
-            return [decode(v, device) for v in item["list"]]
+            return [decode(v, like) for v in item["list"]]
         if "tuple" in item:
-            return tuple(decode(v, device) for v in item["tuple"])
+            return tuple(decode(v, like) for v in item["tuple"])
         return item["value"]
 
     names = {id(p): name for name, p in param_names.items()}
@@ -217,13 +219,12 @@ def optimizer_from_tensors(
             f"optimizer_from_tensors: the checkpoint is of a {meta['class']} with {_sizes(saved)}, "
             f"this is a {type(optimizer).__name__} with {_sizes(here)}, or their parameters differ in name or order"
         )
-    cpu = torch.device("cpu")
     optimizer.state.clear()
     for group, stored in zip(optimizer.param_groups, meta["groups"], strict=True):
-        group.update(decode(stored["options"], cpu))
+        group.update(decode(stored["options"], torch.empty(0)))
         for p in group["params"]:
             if names[id(p)] in meta["state"]:
-                optimizer.state[p] = decode(meta["state"][names[id(p)]], p.device)
+                optimizer.state[p] = decode(meta["state"][names[id(p)]], p)
 
 
 def get_rng_state() -> dict[str, Tensor]:

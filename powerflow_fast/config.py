@@ -30,6 +30,7 @@ _CLOSED_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 _FREE_ON_RESUME = {
     "activation_checkpointing",
     "eval_steps",
+    "fsdp",
     "log_completions",
     "logging_steps",
     "num_sample_prompts",
@@ -130,6 +131,7 @@ class PowerFlowConfig:
         "auto", "bfloat16 autocast; auto: on CUDA with compute capability >= 8.0 and CPUs with AMX or AVX512-BF16"
     )
     activation_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
+    fsdp: bool = _opt(False, "shard weights, gradients and optimiser state over the processes (FSDP2)")
     base: Literal["auto", "adapter_off", "copy", "cpu"] = _opt(
         "auto", "where p_base comes from: the model with its adapter off, a frozen copy, or a frozen copy in CPU memory"
     )

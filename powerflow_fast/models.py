@@ -375,10 +375,13 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_model(model: nn.Module, tokenizer: Any, output_dir: Path) -> None:
+def save_model(
+    model: nn.Module, tokenizer: Any, output_dir: Path, *, state_dict: dict[str, Tensor] | None = None
+) -> None:
     """Write ``output_dir/model``, which plain transformers loads; of a PEFT model, merged, and ``adapter/`` beside it.
 
-    ``model`` is complete or absent: it is written beside its place and renamed.
+    ``model`` is complete or absent: it is written beside its place and renamed. ``state_dict``: its weights, where they
+    are sharded in the module itself.
     """
     if is_peft(model):
         model.save_pretrained(output_dir / "adapter")
@@ -386,7 +389,7 @@ def save_model(model: nn.Module, tokenizer: Any, output_dir: Path) -> None:
         model = copy.deepcopy(model).cpu().float().merge_and_unload()
     temporary, final = output_dir / ".model.tmp", output_dir / "model"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=state_dict)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from .checkpoint import (
 )
 from .config import PowerFlowConfig
 from .errors import CheckpointError
+from .sharding import laid_out_as, whole
 from .update import Policy, Samples
+
+logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(config: PowerFlowConfig) -> Path | None:
@@ -72,9 +77,10 @@ class RunState:
         from accelerate.utils import gather_object
 
         rollouts = gather_object([None if samples is None else samples.to(torch.device("cpu"))])
+        weights = self._trained()
+        moments, optimizer_meta = optimizer_to_tensors(self.optimizer, weights)
+        weights, moments = whole(weights), whole(moments)
         if accelerator.is_main_process:
-            weights = self._trained()
-            moments, optimizer_meta = optimizer_to_tensors(self.optimizer, weights)
             tensors = {"weights": weights, "optimizer": moments, "rng": get_rng_state()}
             state = {
                 "step": step,
@@ -103,7 +109,7 @@ class RunState:
             raise CheckpointError(f"{path}: its trained weights are not this model's: {odd} is only in one of the two")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(tensors["weights"][name])
+                parameter.copy_(laid_out_as(tensors["weights"][name], parameter))
         optimizer_from_tensors(self.optimizer, trained, tensors["optimizer"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         set_rng_state(tensors["rng"])
@@ -115,8 +121,21 @@ class RunState:
         return state["step"], Samples(*state["rollouts"][rank], **fixed).to(device)
 
     def _check(self, path: Path, state: dict[str, Any]) -> None:
-        differences = self.config.diff_for_resume(state["config"])
-        for name, here in self.identity.items():
+        saved, identity = state["config"], dict(self.identity)
+        before, now = state["identity"].get("num_processes"), identity.get("num_processes")
+        if before != now and before and now and not state["rollouts"]:
+            del identity["num_processes"]
+            here = self.config.fingerprint_fields()
+            sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+            if before * math.prod(saved[name] for name in sizes) == now * math.prod(here[name] for name in sizes):
+                saved = saved | {name: here[name] for name in sizes}  # as many sequences per step as before
+            logger.warning(
+                "%s was written by %s processes, this run has %s: it continues with their share of prompts and seeds, "
+                "not with the numbers that the first run would have had",
+                *(path, before, now),
+            )
+        differences = self.config.diff_for_resume(saved)
+        for name, here in identity.items():
             if state["identity"].get(name) != here:
                 differences.append(f"{name}: checkpoint has {state['identity'].get(name)!r}, this run has {here!r}")
         if differences:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ from .rewards import FormatFn, format_penalties, resolve_format
 from .rollout import HFGenerateEngine, seeded
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
+from .sharding import check_sharding, gathered, shard, whole, whole_number
 from .update import Policy, Samples, Updater
 
 __all__ = ["StepReport", "TrainResult", "train"]
@@ -130,6 +132,8 @@ class _Run:
         self.accelerator = make_accelerator(config)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
+        if config.fsdp:
+            check_sharding(config, self.world)
         self.prompts_per_rollout = config.prompts_per_generation(self.world)
         config.check_groups(self.world)
         self.total_steps = config.total_steps(len(self.dataset), self.world)
@@ -175,6 +179,8 @@ class _Run:
                 head = LogZHead(scorer.head.weight.shape[1], num_layers=config.log_z_num_layers)
             head.to(accelerator.device)
         self.policy = Policy(scorer, head)
+        if config.fsdp:
+            shard(self.policy, self.model, accelerator.device)
         self.engine = HFGenerateEngine(
             self.model,
             self.tokenizer,
@@ -208,14 +214,15 @@ class _Run:
         }
         self.state = RunState(self.policy, optimizer, self.scheduler, config, identity)
         if config.self_check:
-            self_check(
-                scorer,
-                self.tokenizer,
-                temperature=config.temperature,
-                sample_prompts_ids=[self._encode(i) for i in range(min(4, len(self.dataset)))],
-                engine=self.engine,
-                autocast=accelerator.autocast,
-            )
+            with gathered(self.policy):
+                self_check(
+                    scorer,
+                    self.tokenizer,
+                    temperature=config.temperature,
+                    sample_prompts_ids=[self._encode(i) for i in range(min(4, len(self.dataset)))],
+                    engine=self.engine,
+                    autocast=accelerator.autocast,
+                )
         self.step, self.samples = 0, None
         if self.resume_from is not None:
             self.step, self.samples = self.state.load(self.resume_from, self.rank)
@@ -227,7 +234,9 @@ class _Run:
                 )
         elif config.resume_from_checkpoint:
             logger.warning("no checkpoint in %s yet: the run starts at step 1", config.output_dir)
-        self.wrapped, self.optimizer = accelerator.prepare(self.policy, optimizer)
+        # A sharded policy is its own wrapper; otherwise accelerate's synchronises several devices.
+        self.wrapped = self.policy if config.fsdp else accelerator.prepare(self.policy)
+        self.optimizer = accelerator.prepare(optimizer)
         self.updater = Updater(
             self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=self.engine.pad_id
         )
@@ -310,7 +319,8 @@ class _Run:
         share = len(indices) // self.world
         indices = indices[self.rank * share : (self.rank + 1) * share] if self.world > 1 else indices
         prompts = [ids for i in indices for ids in [self._encode(i)] * k]
-        rollout = self.engine.generate(prompts, seed=seed_of(config.seed, number, self.rank))
+        with gathered(self.policy):
+            rollout = self.engine.generate(prompts, seed=seed_of(config.seed, number, self.rank))
         timings["rollout"] = time.perf_counter() - started
         started = time.perf_counter()
         samples = Samples(
@@ -341,14 +351,14 @@ class _Run:
         self.wrapped.train()
         sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
         max_norm = self.config.max_grad_norm or float("inf")
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
+        grad_norm = whole_number(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
         loss = float(self.accelerator.reduce(sums.loss, reduction="sum"))
         if not (torch.isfinite(torch.tensor(loss)) and torch.isfinite(torch.tensor(grad_norm))):
             self._stop_non_finite(loss, grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         total = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
-        if not bool(torch.isfinite(total)):
+        if not math.isfinite(whole_number(total)):
             self._stop_non_finite(loss, grad_norm)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -364,7 +374,7 @@ class _Run:
 
     def _stop_non_finite(self, loss: float, grad_norm: float) -> None:
         step = self.step + 1
-        finite = all(bool(torch.isfinite(p).all()) for p in self.policy.parameters())
+        finite = all(bool(torch.isfinite(p).all()) for p in whole(dict(self.policy.named_parameters())).values())
         if finite and self.step > 0:
             self._save()
         kept = latest_checkpoint(self.output_dir)
@@ -389,10 +399,12 @@ class _Run:
     def _evaluate(self, *, record_always: bool = False) -> None:
         if self.eval_fn is None or not (record_always or self.config.eval_steps):
             return
-        if self.is_main:
-            self.model.eval()
-            with torch.no_grad():
+        scores = None
+        with gathered(self.policy), torch.no_grad():
+            if self.is_main:
+                self.model.eval()
                 scores = self.eval_fn(self.model, self.tokenizer, self.step)
+        if self.is_main:
             try:
                 numbers = {f"eval/{name}": float(value) for name, value in scores.items()}
             except (AttributeError, TypeError, ValueError):
@@ -402,16 +414,21 @@ class _Run:
 
     def _draw_samples(self, count: int) -> list[report.Sample]:
         """The same prompts and seed whenever it is called, so that before and after can be compared."""
-        if not count or not self.is_main:
+        if not count:
             return []
         prompts = [self._encode(i) for i in range(count)]
-        rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, 0, 0))
+        with gathered(self.policy):
+            if not self.is_main:
+                return []
+            rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, 0, 0))
         texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         return [report.Sample(prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
 
     def _samples_before(self) -> list[report.Sample]:
         path = self.output_dir / "samples_before.json"
-        if path.is_file():  # a resumed run: its policy is no longer the one from before
+        resumed = path.is_file()
+        self.accelerator.wait_for_everyone()  # until all have looked, nobody writes it
+        if resumed:  # a resumed run: its policy is no longer the one from before
             return [report.Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
         samples = self._draw_samples(min(self.config.num_sample_prompts, len(self.dataset)))
         if self.is_main:
@@ -432,13 +449,19 @@ class _Run:
         self.state.save(self.output_dir, self.step, self.samples if unfinished else None, self.accelerator)
 
     def _finish(self, before: list[report.Sample]) -> TrainResult:
+        from accelerate.utils import broadcast_object_list
+
         self.model.eval()
         steps = [row for row in self.history if "loss" in row]
+        after = self._draw_samples(broadcast_object_list([len(before)])[0])
+        head = self.policy.log_z_head
+        head_weights = None if head is None else whole(head.state_dict())
+        weights = whole(self.model.state_dict()) if self.config.fsdp else None
         if self.is_main:
             self.history_file.close()
-            save_model(self.model, self.tokenizer, self.output_dir)
-            if self.policy.log_z_head is not None:
-                save_file(self.policy.log_z_head.state_dict(), self.output_dir / "log_z_head.safetensors")
+            save_model(self.model, self.tokenizer, self.output_dir, state_dict=weights)
+            if head_weights is not None:
+                save_file(head_weights, self.output_dir / "log_z_head.safetensors")
             report.write_model_card(
                 self.output_dir / "model",
                 alpha=self.alpha,
@@ -448,7 +471,7 @@ class _Run:
                 commit=git_commit(),
                 metrics=[(name, steps[0][name], steps[-1][name]) for name in _CARD_METRICS] if steps else [],
             )
-            report.write_samples(self.output_dir / "samples.md", before, self._draw_samples(len(before)))
+            report.write_samples(self.output_dir / "samples.md", before, after)
             if steps:
                 plot_history(
                     steps,

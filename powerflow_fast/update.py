@@ -86,7 +86,8 @@ class Policy(nn.Module):
     def forward(self, batch: PaddedBatch, *, temperature: float, need_entropy: bool = False) -> PolicyOutput:
         learned = self.log_z_head is not None
         out = self.scorer(batch, temperature=temperature, need_entropy=need_entropy, pool_prompt=learned)
-        log_z = self.log_z_head(out.pooled_prompt) if learned else None
+        # Not a view: FSDP2 warns of those among the outputs of what it wraps.
+        log_z = self.log_z_head(out.pooled_prompt).clone() if learned else None
         return PolicyOutput(out.logps, out.entropy, log_z)
 
 
@@ -145,7 +146,9 @@ class Updater:
         """(N,) packed log-probs under the policy as it is now, and their (B + 1,) int32 boundaries."""
         logps = []
         for part in samples.split(self.micro_batch_size):
-            logps.append(self.policy(self._batch(part), temperature=self.config.temperature).logps.float())
+            with self.accelerator.autocast():
+                out = self.policy(self._batch(part), temperature=self.config.temperature)
+            logps.append(out.logps.float())
         lengths = torch.tensor([0, *samples.lengths]).cumsum(0)
         return torch.cat(logps), lengths.int().to(self.accelerator.device)
 
@@ -176,7 +179,8 @@ class Updater:
             last = number == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(self.policy):
                 batch = self._batch(part)
-                out = self.policy(batch, temperature=config.temperature, need_entropy=need_entropy)
+                with accelerator.autocast():
+                    out = self.policy(batch, temperature=config.temperature, need_entropy=need_entropy)
                 logps = out.logps.float()
                 if config.log_z == "learned":
                     log_z = out.log_z.float()

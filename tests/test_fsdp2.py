@@ -13,18 +13,16 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from powerflow_fast import LogZHead, la_tb_loss
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.packing import pad_batch
+from powerflow_fast.sharding import shard
 from powerflow_fast.update import Policy
 from tiny import ragged_ids, tiny_model
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
-mesh = init_device_mesh("cpu", (world,))
 
 prompts, completions = ragged_ids([3, 5, 2, 4]), ragged_ids([4, 0, 7, 2], seed=1)
 base_logps = torch.tensor([-9.0, 0.0, -20.0, -5.0])
@@ -52,9 +50,7 @@ def gradients(wrapped, rows, scale):
 
 loss, expected = gradients(policy(), slice(0, 4), 1)
 sharded = policy()
-for layer in sharded.scorer.model.model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
+shard(sharded, sharded.scorer.model, torch.device("cpu"))
 weight = sharded.scorer.head.weight
 assert type(weight).__name__ == "DTensor" and weight.to_local().shape[0] < weight.shape[0], "the head is sharded"
 for _ in range(2):  # the second time, the root's weights come back from their shards
