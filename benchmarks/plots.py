@@ -85,7 +85,12 @@ def series_of(plot: Plot, cases: list[Providers]) -> dict[str, list[tuple[float,
 # The same provider looks the same in every plot. Colours that can be told apart without full colour vision.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 _OTHERS = [p.name for p in HEAD_PROVIDERS if p.kind in ("peer", "baseline") and p.name != "naive"]
-_OURS = {"powerflow_fast torch": "D", "powerflow_fast one pass torch": "D", "powerflow_fast composed": "s"}
+_OURS = {
+    "powerflow_fast torch": "D",
+    "powerflow_fast triton": "D",
+    "powerflow_fast one pass torch": "D",
+    "powerflow_fast composed": "s",
+}
 
 
 def style(name: str) -> dict[str, object]:
