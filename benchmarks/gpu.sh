@@ -3,12 +3,13 @@
 #
 #   OUT=folder bash benchmarks/gpu.sh [--wheel FILE] [--peers FOLDER] [--rehearse] [arguments of run.py ...]
 #
-# Needs a python3 (or $PYTHON) with torch for CUDA, triton, pytest, pytest-timeout and matplotlib. Installs the wheel
-# (default: the newest of dist/, or one built here) and the wheels of peers in FOLDER with --no-deps into folders under
-# build/, so that the machine's packages stay as they are. Then run.py: the tests in tests/gpu, and the suites
-# `gpu gpu-loss la-tb gpu-update gpu-n` if none are named, each stopped after --time-limit seconds (default 420; a case that has begun is
-# finished). JSONL rows and logs go to $OUT (default build/gpu-out); the last lines are a short
-# table. --rehearse does all that on a CPU with tiny shapes and measures nothing.
+# Needs a python3 (or $PYTHON) with torch for CUDA, triton, pytest and pytest-timeout; the suite gpu-update needs
+# transformers and accelerate too, and its TRL provider datasets. Installs the wheel (default: the newest of dist/, or one
+# built here) and the wheels of peers in FOLDER with --no-deps into folders under build/, so that the machine's packages
+# stay as they are. Then run.py: the tests in tests/gpu, and the suites `gpu gpu-loss la-tb gpu-update gpu-n` if none are
+# named, each stopped after --time-limit seconds (default 420; a case that has begun is finished). JSONL rows and logs go
+# to $OUT (default build/gpu-out); the last lines are a short table. --rehearse does all that on a CPU with tiny shapes and
+# measures nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -15,7 +15,7 @@ from results import Providers, Row, by_case, case_of, fastest, floor
 QUANTITIES: dict[str, tuple[str, Callable[[Row], float | None]]] = {
     "time": ("median time of a step", lambda row: row["ms_p50"]),
     "memory": ("peak extra memory of a step", lambda row: row.get("peak_extra_mib")),
-    "rate": ("useful TFLOP/s", lambda row: row["useful_flop"] / row["ms_p50"] / 1e9 if row["useful_flop"] else None),
+    "rate": ("useful FLOP/s", lambda row: row["useful_flop"] / row["ms_p50"] * 1e3 if row["useful_flop"] else None),
 }
 
 
@@ -84,15 +84,25 @@ def series_of(plot: Plot, cases: list[Providers]) -> dict[str, list[tuple[float,
 
 # The same provider looks the same in every plot. Colours that can be told apart without full colour vision.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
-_OTHERS = [p.name for p in HEAD_PROVIDERS if p.kind in ("peer", "baseline")]
+_OTHERS = [p.name for p in HEAD_PROVIDERS if p.kind in ("peer", "baseline") and p.name != "naive"]
+_OURS = {
+    "powerflow_fast torch": "D",
+    "powerflow_fast triton": "D",
+    "powerflow_fast one pass torch": "D",
+    "powerflow_fast composed": "s",
+}
 
 
 def style(name: str) -> dict[str, object]:
+    if name in _OURS:  # not what a user gets
+        look = {"color": "black", "linewidth": 1.4, "linestyle": "--", "marker": _OURS[name], "markersize": 5}
+        return look | {"markerfacecolor": "white", "zorder": 4}
     if name.startswith("powerflow_fast"):
-        width, line = (2.6, "-") if name in ("powerflow_fast", "powerflow_fast one pass") else (1.6, "--")
-        return {"color": "black", "linewidth": width, "linestyle": line, "marker": "o", "markersize": 5, "zorder": 5}
+        return {"color": "black", "linewidth": 2.6, "linestyle": "-", "marker": "o", "markersize": 5, "zorder": 5}
     if name.startswith("gemm"):
         return {"color": "0.5", "linewidth": 1.4, "linestyle": ":", "marker": "|", "markersize": 10, "zorder": 1}
+    if name == "naive":
+        return {"color": "0.45", "linewidth": 1.6, "linestyle": "-", "marker": "X", "markersize": 6, "zorder": 2}
     place = _OTHERS.index(name)
     marker = "os^D"[place // len(_COLOURS)]
     return {"color": _COLOURS[place % len(_COLOURS)], "linewidth": 1.2, "marker": marker, "markersize": 4, "zorder": 3}
@@ -104,9 +114,14 @@ def _readable(quantity: str) -> Callable[[float, object], str]:
             return f"{value / 1e3:g} s" if value >= 1e3 else f"{value:g} ms"
         if quantity == "memory":
             return f"{value / 1024:g} GiB" if value >= 1024 else f"{value:g} MiB"
-        return f"{value:g}"
+        return f"{value / 1e12:g} T" if value >= 1e12 else f"{value / 1e9:g} G" if value else "0"
 
     return text
+
+
+def _labelled(sizes: list[int]) -> list[int]:
+    """Without those whose label would lie on the next one's."""
+    return [a for a, b in zip(sizes, [*sizes[1:], 2 * sizes[-1]], strict=True) if b / a > 1.5]
 
 
 def _draw_sweep(axes, plot: Plot, cases: list[Providers]) -> None:
@@ -116,27 +131,31 @@ def _draw_sweep(axes, plot: Plot, cases: list[Providers]) -> None:
     for name, points in series.items():
         axes.plot(*zip(*points, strict=True), label=name, **style(name))
     axes.set_xscale("log", base=2)
-    ticks = sorted({x for points in series.values() for x, _ in points})
+    ticks = _labelled(sorted({x for points in series.values() for x, _ in points}))
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel({"n": "tokens N", "v": "vocabulary V"}[plot.axis])
     axes.set_ylabel(QUANTITIES[plot.quantity][0])
-    axes.yaxis.set_major_formatter(FuncFormatter(_readable(plot.quantity)))
     if plot.quantity == "rate":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0)  # linear: what counts is the share of the bare products
+        axes.yaxis.set_major_formatter(FuncFormatter(_readable(plot.quantity)))
         return
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(_readable(plot.quantity)))
     low, high = axes.get_ylim()
     few = high / low > 300
-    steps = (1.0,) if plot.quantity == "memory" else (1.0,) if few else (1.0, 2.0, 5.0)
-    base = (4.0 if few else 2.0) if plot.quantity == "memory" else 10.0
-    axes.yaxis.set_major_locator(LogLocator(base=base, subs=steps, numticks=20))
-    axes.yaxis.set_major_formatter(FuncFormatter(_readable(plot.quantity)))
+    if plot.quantity == "memory":
+        locator = LogLocator(base=4.0 if few else 2.0, numticks=20)
+    else:
+        locator = LogLocator(base=10.0, subs=(1.0,) if few else (1.0, 2.0, 5.0), numticks=20)
+    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_dots(axes, plot: Plot, cases: list[Providers]) -> None:
     """One line per case: the providers as dots, the bare products as a bar to reach."""
+    from matplotlib.ticker import FuncFormatter
+
     value = QUANTITIES[plot.quantity][1]
     seen = {}
     for height, providers in enumerate(cases):
@@ -152,6 +171,7 @@ def _draw_dots(axes, plot: Plot, cases: list[Providers]) -> None:
     axes.set_yticks(range(len(cases)), [_short(next(iter(providers.values()))) for providers in cases])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(_readable(plot.quantity)))
     axes.set_xlabel(QUANTITIES[plot.quantity][0])
     axes.grid(visible=False, axis="y")
 

@@ -147,7 +147,7 @@ COLUMNS: dict[str, Column] = {
     "release": lambda r, _: r["release"] or "",
     "time p50 (p20–p80)": lambda r, _: f"{show_time(r['ms_p50'])} ({show_time(r['ms_p20'])}–{show_time(r['ms_p80'])})",
     "reps": lambda r, _: str(r["reps"]),
-    "÷ naive": lambda r, c: ratio(r, baseline(c)),
+    "÷ baseline": lambda r, c: ratio(r, baseline(c)),
     "÷ bare GEMMs": lambda r, c: ratio(r, floor(c)),
     "useful FLOP/s": _rate,
     "executed ÷ useful": _executed,
@@ -175,6 +175,8 @@ def table(providers: Providers, failed_everywhere: set[str]) -> str:
     if ran:
         cells = {name: [column(row, providers) for row in ran] for name, column in COLUMNS.items()}
         cells = {name: values for name, values in cells.items() if any(values)}
+        if plain := baseline(providers):
+            cells = {name.replace("baseline", plain["provider"]): values for name, values in cells.items()}
         lines += [f"| provider | {' | '.join(cells)} |", "| --- " * (len(cells) + 1) + "|"]
         for i, row in enumerate(ran):
             name = f"**{row['provider']}**" if row["kind"] == "ours" else row["provider"]
@@ -209,24 +211,28 @@ def suite_part(rows: list[Row], all_rows: list[Row]) -> str:
 
 
 def defeats(rows: list[Row]) -> str:
-    """The cases in which somebody is faster or needs less memory than ours, by how much."""
+    """The cases in which somebody is faster or needs less memory than ours: who most, by how much, and how many."""
     lines = []
     for providers in by_case(rows):
         own = ours(providers)
         if own is None or own["status"] != "ok":
             continue
         others = [r for r in providers.values() if r["kind"] in ("peer", "baseline") and r["status"] == "ok"]
-        faster = sorted((r for r in others if r["ms_p50"] < own["ms_p50"]), key=lambda r: r["ms_p50"])
-        smaller = [r for r in others if (r.get("peak_extra_mib") or 1e99) < (own.get("peak_extra_mib") or 0)]
-        said = [f"{r['provider']} takes {r['ms_p50'] / own['ms_p50']:.2f} of our time" for r in faster]
-        said += [
-            f"{r['provider']} {show_memory(r['peak_extra_mib'])} against our {show_memory(own['peak_extra_mib'])}"
-            for r in sorted(smaller, key=lambda r: r["peak_extra_mib"])
-        ]
-        if said:
-            lines.append(f"* {own['suite']}: {case_of(own).title()}: {'; '.join(said)}")
-    text = "\n".join(lines) if lines else "Nowhere in what has been measured so far."
-    return f"## Where others are faster or smaller\n\n{text}"
+        cells = []
+        for key, show in (("ms_p50", show_time), ("peak_extra_mib", show_memory)):
+            known = [r for r in others if r.get(key) is not None and own.get(key) is not None]
+            better = sorted((r for r in known if r[key] < own[key]), key=lambda r: r[key])
+            more = f", {len(better) - 1} more" if len(better) > 1 else ""
+            cells.append(
+                f"{better[0]['provider']}: {show(better[0][key])}, ours {show(own[key])}{more}" if better else ""
+            )
+        if any(cells):
+            lines.append(f"| {own['suite']} | {case_of(own).title()} | {' | '.join(cells)} |")
+    if lines:
+        lines = ["| suite | case | faster | smaller |", "| --- | --- | --- | --- |", *lines]
+    else:
+        lines = ["Nowhere in what has been measured so far."]
+    return "\n".join(["## Where others are faster or smaller", "", *lines])
 
 
 def tables(rows: list[Row]) -> str:

@@ -12,7 +12,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import transformers
 from head_case import relative_error
 from torch import Tensor, nn
 
@@ -131,6 +130,8 @@ def sharing(model: Any) -> Any:
 
 
 def update_inputs(case: UpdateCase, device: torch.device, *, seed: int = 0) -> UpdateInputs:
+    import transformers  # here, so that the other suites run without it
+
     shape = dict(MODELS[case.model])
     config = transformers.AutoConfig.for_model(shape.pop("model_type"), **_COMMON, **shape)
     torch.manual_seed(seed)

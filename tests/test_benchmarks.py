@@ -250,7 +250,7 @@ def test_plots_show_what_the_rows_hold(sweep, tmp_path):
     assert "gemm" not in plots.series_of(memory, plots.cases_of(memory, sweep))
     rate = next(p for p in plots.PLOTS if p.file == "cpu-rate-vs-n")
     (_, useful), _ = plots.series_of(rate, plots.cases_of(rate, sweep))["gemm"]
-    assert useful == pytest.approx(4 * 64 * 49152 * 576 / (0.9 * 64 * 1e-3) / 1e12)
+    assert useful == pytest.approx(4 * 64 * 49152 * 576 / (0.9 * 64 * 1e-3))
     assert not plots.cases_of(plot, sweep[:3])  # one length is no sweep
     first, second = tmp_path / "a" / "p.svg", tmp_path / "b" / "p.svg"
     for path in (first, second):
@@ -277,9 +277,11 @@ def test_defeats_are_listed(sweep):
     assert "Nowhere" in render.defeats(sweep)
     lost = [row | {"ms_p50": row["ms_p50"] / 4} if row["provider"] == "naive" else row for row in sweep]
     text = render.defeats(lost)
-    assert text.count("naive takes 0.50 of our time") == 2 and "MiB against" not in text
+    assert "| naive: 256 ms, ours 512 ms |  |" in text and text.count("\n| cpu-n |") == 2
     smaller = [row | {"peak_extra_mib": 0.5} if row["provider"] == "naive" else row for row in sweep]
-    assert render.defeats(smaller).count("naive 0.5 MiB against our") == 2
+    assert "|  | naive: 0.5 MiB, ours 256 MiB |" in render.defeats(smaller)
+    both = [row | {"provider": "trl chunked", "kind": "peer"} for row in lost if row["provider"] == "naive"]
+    assert "ours 512 ms, 1 more |" in render.defeats(lost + both)
 
 
 def test_images_in_the_tables_exist(tmp_path, sweep):
