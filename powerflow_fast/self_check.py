@@ -116,7 +116,7 @@ def _explain_logits(scorer: CausalLMScorer, batch: PaddedBatch, want: Tensor) ->
     """Why the model's logits ``want`` (N, V) differ from the ones our head stands for; constants per row are free."""
     head = scorer.head
     with evaluating(scorer.model):
-        states = head_inputs(scorer.model, scorer.head, batch.input_ids, batch.attention_mask)
+        states = head_inputs(scorer.model, scorer.head, batch.model_inputs())
     rows = states.flatten(0, 1)
     weight = head.weight.float()
     ours = nn.functional.linear(rows.float(), weight, None if head.bias is None else head.bias.float())
