@@ -312,6 +312,10 @@ class BaseScorer:
         self.mode = mode
         self._frozen = frozen
 
+    def alike(self, scorer: CausalLMScorer) -> list[nn.Module]:
+        """The models of ``scorer``, the policy's, and of p_base where it runs on the same device."""
+        return [scorer.model] if self.mode == "cpu" else [scorer.model, self.scorer.model]
+
     @torch.no_grad()
     def score(self, batch: Batch, *, temperature: float) -> Tensor:
         """(B,) fp32 sums of the completion tokens' log-probs in nats, on the device of ``batch``; 0 for none."""

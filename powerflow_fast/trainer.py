@@ -33,7 +33,7 @@ from .models import (
 )
 from .partition import LogZHead
 from .plots import plot_history
-from .preparation import check_arguments, digest, make_accelerator, prepare_model, prompt_text, seed_of
+from .preparation import check_arguments, choose_packing, digest, make_accelerator, prepare_model, prompt_text, seed_of
 from .rewards import FormatFn, format_penalties, resolve_format
 from .rollout import HFGenerateEngine, seeded
 from .run_state import RunState, find_checkpoint
@@ -207,15 +207,17 @@ class _Run:
             "num_processes": self.world,
         }
         self.state = RunState(self.policy, optimizer, self.scheduler, config, identity)
+        first_prompts = [self._encode(i) for i in range(min(4, len(self.dataset)))]
         if config.self_check:
             self_check(
                 scorer,
                 self.tokenizer,
                 temperature=config.temperature,
-                sample_prompts_ids=[self._encode(i) for i in range(min(4, len(self.dataset)))],
+                sample_prompts_ids=first_prompts,
                 engine=self.engine,
                 autocast=accelerator.autocast,
             )
+        packing = choose_packing(config, scorer, self.base, accelerator=accelerator, sample_prompts_ids=first_prompts)
         self.step, self.samples = 0, None
         if self.resume_from is not None:
             self.step, self.samples = self.state.load(self.resume_from, self.rank)
@@ -229,7 +231,13 @@ class _Run:
             logger.warning("no checkpoint in %s yet: the run starts at step 1", config.output_dir)
         self.wrapped, self.optimizer = accelerator.prepare(self.policy, optimizer)
         self.updater = Updater(
-            self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=self.engine.pad_id
+            self.wrapped,
+            self.base,
+            accelerator,
+            config,
+            alpha=self.alpha,
+            pad_id=self.engine.pad_id,
+            packing=packing,
         )
 
         resuming = self.config.resume_from_checkpoint not in (None, False)
