@@ -26,15 +26,18 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "all", "none")
 _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 _CLOSED_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 
-# Options that leave the numbers of a run alone: they may differ between a run and its continuation.
+# Options that leave the numbers of a run alone, those about memory up to rounding: they may differ between a run and
+# its continuation.
 _FREE_ON_RESUME = {
     "activation_checkpointing",
     "eval_steps",
     "fsdp",
     "log_completions",
     "logging_steps",
+    "max_tokens_per_batch",
     "num_sample_prompts",
     "output_dir",
+    "packing",
     "report_to",
     "resume_from_checkpoint",
     "run_name",
@@ -114,6 +117,12 @@ class PowerFlowConfig:
     adam_epsilon: float = _opt(1e-8, "AdamW epsilon", gt=0)
     max_grad_norm: float = _opt(1.0, "gradients are scaled down to this norm; 0 switches it off", ge=0)
     per_device_train_batch_size: int = _opt(8, "sequences per micro-batch on each device", ge=1)
+    max_tokens_per_batch: int | None = _opt(
+        None,
+        "cut each optimizer step into micro-batches of at most this many prompt and completion tokens, balanced by "
+        "length, instead of per_device_train_batch_size sequences; the sequences per step stay the same",
+        ge=1,
+    )
     gradient_accumulation_steps: int = _opt(1, "micro-batches per optimizer step", ge=1)
     steps_per_generation: int | None = _opt(
         None, "micro-batches per rollout, a multiple of gradient_accumulation_steps (default: equal to it)", ge=1
@@ -129,6 +138,11 @@ class PowerFlowConfig:
     )
     bf16: bool | Literal["auto"] = _opt(
         "auto", "bfloat16 autocast; auto: on CUDA with compute capability >= 8.0 and CPUs with AMX or AVX512-BF16"
+    )
+    packing: Literal["auto", "on", "off"] = _opt(
+        "auto",
+        "run the sequences of a micro-batch end to end in one row, without padding; auto: where a check before "
+        "training finds that this model scores them as it does each alone",
     )
     activation_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
     fsdp: bool = _opt(False, "shard weights, gradients and optimiser state over the processes (FSDP2)")

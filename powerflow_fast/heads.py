@@ -9,7 +9,7 @@ something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -101,11 +101,11 @@ def find_head(model: nn.Module) -> Head:
     return Head(module=module, logit_scale=scale, logit_softcap=softcap, tied=tied)
 
 
-def head_inputs(model: nn.Module, head: Head, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def head_inputs(model: nn.Module, head: Head, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, T, H) hidden states that the model's forward hands to its head; the head's matrix product is not run.
 
-    They are differentiable, and the only ones kept. ``input_ids`` and ``attention_mask`` are (B, T), padded on the
-    right. The key-value cache is off.
+    They are differentiable, and the only ones kept. ``inputs`` are a batch's ``model_inputs()``: (B, T) ``input_ids``
+    with what goes with them. The key-value cache is off.
     """
     seen: list[Tensor] = []
 
@@ -115,12 +115,12 @@ def head_inputs(model: nn.Module, head: Head, input_ids: Tensor, attention_mask:
 
     lm = unwrap_peft(model)
     with _head_replaced(head.module, keep):
-        lm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    if len(seen) != 1 or seen[0].shape[:-1] != input_ids.shape:
+        lm(**inputs, use_cache=False)
+    if len(seen) != 1 or seen[0].shape[:-1] != inputs["input_ids"].shape:
         shapes = [tuple(h.shape) for h in seen]
         raise ModelError(
             f"head_inputs: {type(lm).__name__}.forward must call its output head once on (B, T, H) hidden states with "
-            f"(B, T) = {tuple(input_ids.shape)}; it passed {shapes}"
+            f"(B, T) = {tuple(inputs['input_ids'].shape)}; it passed {shapes}"
         )
     return seen[0]
 

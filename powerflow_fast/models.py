@@ -19,7 +19,7 @@ from .dispatch import Backend
 from .errors import ModelError
 from .heads import Head, evaluating, find_head, head_inputs, is_peft, unwrap_peft
 from .logprobs import linear_logprob_stats, linear_logprobs
-from .packing import PaddedBatch, segment_sum
+from .packing import Batch, segment_sum
 
 logger = logging.getLogger(__name__)
 
@@ -267,14 +267,15 @@ class CausalLMScorer(nn.Module):
         self.backend = backend
 
     def forward(
-        self, batch: PaddedBatch, *, temperature: float, need_entropy: bool = False, pool_prompt: bool = False
+        self, batch: Batch, *, temperature: float, need_entropy: bool = False, pool_prompt: bool = False
     ) -> ScorerOutput:
         """Score ``batch`` at the sampling ``temperature``; see :class:`ScorerOutput`.
 
         Memory beyond the model's own: the last hidden states (B, T, H), their (N, H) rows, and ``linear_logprobs``.
+        A packed batch is for models that :func:`check_packing` passes.
         """
-        states = head_inputs(self.model, self.head, batch.input_ids, batch.attention_mask)
-        hidden = states.flatten(0, 1).index_select(0, batch.positions)
+        states = head_inputs(self.model, self.head, batch.model_inputs()).flatten(0, 1)
+        hidden = states.index_select(0, batch.positions)
         weight, bias = self.head.weight, self.head.bias
         options = {
             "bias": bias,
@@ -292,14 +293,9 @@ class CausalLMScorer(nn.Module):
         else:
             logps = linear_logprobs(hidden, weight, batch.labels, **options)
         if pool_prompt:
-            pooled = _mean_prompt(states.detach(), batch.prompt_lengths)
+            prompts = states.detach().index_select(0, batch.prompt_positions).float()
+            pooled = torch.segment_reduce(prompts, "mean", lengths=batch.prompt_lengths, unsafe=True)
         return ScorerOutput(logps=logps, cu_seqlens=batch.cu_seqlens, entropy=entropy, pooled_prompt=pooled)
-
-
-def _mean_prompt(states: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """(B, H) fp32 mean of the first ``prompt_lengths[b]`` of ``states`` (B, T, H)."""
-    outside = torch.arange(states.shape[1], device=states.device) >= prompt_lengths[:, None]
-    return states.float().masked_fill(outside[..., None], 0.0).sum(1) / prompt_lengths[:, None]
 
 
 class BaseScorer:
@@ -316,8 +312,12 @@ class BaseScorer:
         self.mode = mode
         self._frozen = frozen
 
+    def alike(self, scorer: CausalLMScorer) -> list[nn.Module]:
+        """The models of ``scorer``, the policy's, and of p_base where it runs on the same device."""
+        return [scorer.model] if self.mode == "cpu" else [scorer.model, self.scorer.model]
+
     @torch.no_grad()
-    def score(self, batch: PaddedBatch, *, temperature: float) -> Tensor:
+    def score(self, batch: Batch, *, temperature: float) -> Tensor:
         """(B,) fp32 sums of the completion tokens' log-probs in nats, on the device of ``batch``; 0 for none."""
         device = self.scorer.head.weight.device
         with self._frozen(), evaluating(self.scorer.model):

@@ -1,7 +1,8 @@
-"""Ragged prompts and completions to one right-padded batch, and the packed view of its completion tokens.
+"""Ragged prompts and completions to one batch of a model, padded or packed, and the packed view of its completions.
 
-A model runs on ``(B, T)`` rows of prompt + completion, padded on the right. Everything after it is packed: the ``N``
-completion tokens of all rows lie one after the other, and row ``b`` owns ``[cu_seqlens[b], cu_seqlens[b + 1])``.
+A model runs on ``(B, T)`` rows of prompt + completion, padded on the right, or on one ``(1, T)`` row in which the
+sequences lie end to end and the position ids restart at each. Everything after it is packed: the ``N`` completion
+tokens of all sequences lie one after the other, and sequence ``b`` owns ``[cu_seqlens[b], cu_seqlens[b + 1])``.
 """
 
 from __future__ import annotations
@@ -9,43 +10,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .logprobs import segment_sum
 
-__all__ = ["PaddedBatch", "pad_batch", "repeat_by_segment", "segment_sum"]
+__all__ = ["Batch", "PackedBatch", "PaddedBatch", "pack_batch", "pad_batch", "segment_sum", "token_batches"]
 
 
 @dataclass(frozen=True)
-class PaddedBatch:
-    """A right-padded batch with the indices that turn it into packed completion tokens; made by :func:`pad_batch`.
+class Batch:
+    """What a model reads, and the indices that turn its output into packed prompt and completion tokens.
 
     The indices are computed once where the lists are, on the CPU, so that no device sync is needed later.
     """
 
     input_ids: Tensor
-    """(B, T) int64, prompt then completion then padding."""
-    attention_mask: Tensor
-    """(B, T) int64, 1 on real tokens. It comes from the lengths: a real token may have the padding id."""
+    """(B, T) or (1, T) int64, prompt then completion of each sequence."""
     prompt_lengths: Tensor
     """(B,) int64, at least 1."""
     completion_lengths: Tensor
     """(B,) int64, 0 for an empty completion."""
+    prompt_positions: Tensor
+    """(P,) int64 indices of all prompt tokens into the flattened rows."""
     positions: Tensor
-    """(N,) int64 indices into the flattened (B * T) rows: position t - 1, whose output predicts completion token t."""
+    """(N,) int64 indices into the flattened rows: the place before completion token t, whose output predicts it."""
     labels: Tensor
     """(N,) int64, the completion tokens themselves."""
     cu_seqlens: Tensor
-    """(B + 1,) int32, the boundaries of the rows in the packed order."""
+    """(B + 1,) int32, the boundaries of the sequences in the packed order."""
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0]
+        return self.prompt_lengths.shape[0]
 
-    def to(self, device: torch.device | str) -> PaddedBatch:
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``."""
-        return PaddedBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Arguments of the model's forward."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PaddedBatch(Batch):
+    """Rows (B, T), padded on the right; made by :func:`pad_batch`."""
+
+    attention_mask: Tensor
+    """(B, T) int64, 1 on real tokens. It comes from the lengths: a real token may have the padding id."""
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+@dataclass(frozen=True)
+class PackedBatch(Batch):
+    """One row (1, T) without padding; made by :func:`pack_batch`."""
+
+    position_ids: Tensor
+    """(1, T) int64, from 0 in each sequence: where they restart, transformers lets attention begin anew.
+
+    It does so without an attention mask and without a key-value cache only; with either, tokens would silently see
+    the sequences before theirs.
+    """
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
 
 def pad_batch(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], pad_id: int) -> PaddedBatch:
@@ -54,37 +86,92 @@ def pad_batch(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequ
     ``pad_id`` fills the unused places and is masked: any valid token id will do. Raises ValueError where the two lists
     differ in length, are empty, or a prompt has no token (nothing would then predict the first completion token).
     """
+    prompts, completions, tokens = _ragged("pad_batch", prompt_ids, completion_ids)
+    mask = torch.arange(int((prompts + completions).max())) < (prompts + completions)[:, None]
+    input_ids = torch.full(mask.shape, pad_id)
+    input_ids[mask] = tokens  # row-major, as the mask selects
+    starts = torch.arange(len(mask)) * mask.shape[1]
+    return PaddedBatch(**_indices(input_ids, starts, prompts, completions), attention_mask=mask.long())
+
+
+def pack_batch(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> PackedBatch:
+    """``prompt_ids[b] + completion_ids[b]`` for all b end to end in one row. A completion may be empty.
+
+    Raises ValueError as :func:`pad_batch` does.
+    """
+    prompts, completions, tokens = _ragged("pack_batch", prompt_ids, completion_ids)
+    lengths = prompts + completions
+    starts = lengths.cumsum(0) - lengths
+    position_ids = torch.arange(len(tokens)) - starts.repeat_interleave(lengths)
+    return PackedBatch(**_indices(tokens[None], starts, prompts, completions), position_ids=position_ids[None])
+
+
+def _ragged(
+    name: str, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) lengths of the prompts and of the completions, and all tokens, sequence after sequence; or ValueError."""
     if len(prompt_ids) != len(completion_ids) or not prompt_ids:
         raise ValueError(
-            "pad_batch: prompt_ids and completion_ids must be equally long and not empty, "
+            f"{name}: prompt_ids and completion_ids must be equally long and not empty, "
             f"got {len(prompt_ids)} and {len(completion_ids)}"
         )
-    prompt_lengths = torch.tensor([len(ids) for ids in prompt_ids])
-    completion_lengths = torch.tensor([len(ids) for ids in completion_ids])
-    if (empty := (prompt_lengths == 0).nonzero()).numel():
-        raise ValueError(f"pad_batch: prompt_ids[{int(empty[0])}] is empty; a prompt needs at least one token")
-
-    lengths = prompt_lengths + completion_lengths
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    prompts = torch.tensor([len(ids) for ids in prompt_ids])
+    completions = torch.tensor([len(ids) for ids in completion_ids])
+    if (empty := (prompts == 0).nonzero()).numel():
+        raise ValueError(f"{name}: prompt_ids[{int(empty[0])}] is empty; a prompt needs at least one token")
     rows = chain.from_iterable(zip(prompt_ids, completion_ids, strict=True))
-    input_ids = torch.full(mask.shape, pad_id)
-    input_ids[mask] = torch.tensor(list(chain.from_iterable(rows)))  # row-major, as the mask selects
-
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), completion_lengths.cumsum(0)])
-    first = torch.arange(len(mask)) * mask.shape[1] + prompt_lengths - 1
-    offset = repeat_by_segment(first - cu_seqlens[:-1], cu_seqlens, total=int(cu_seqlens[-1]))
-    positions = offset + torch.arange(len(offset))
-    return PaddedBatch(
-        input_ids=input_ids,
-        attention_mask=mask.long(),
-        prompt_lengths=prompt_lengths,
-        completion_lengths=completion_lengths,
-        positions=positions,
-        labels=input_ids.flatten()[positions + 1],
-        cu_seqlens=cu_seqlens.int(),
-    )
+    return prompts, completions, torch.tensor(list(chain.from_iterable(rows)))
 
 
-def repeat_by_segment(values: Tensor, cu_seqlens: Tensor, *, total: int | None = None) -> Tensor:
-    """(N,) with ``values[b]`` (B,) at every token of segment b. ``total`` = N, when known, saves a device sync."""
-    return torch.repeat_interleave(values, cu_seqlens.diff().long(), output_size=total)
+def _indices(input_ids: Tensor, starts: Tensor, prompts: Tensor, completions: Tensor) -> dict[str, Any]:
+    """The fields of :class:`Batch`; sequence b begins at ``starts[b]`` of the flattened rows."""
+
+    def places(first: Tensor, lengths: Tensor) -> Tensor:
+        """(sum of lengths,) ``first[b], first[b] + 1, ...`` for each b."""
+        offset = first - (lengths.cumsum(0) - lengths)
+        return offset.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
+
+    positions = places(starts + prompts - 1, completions)
+    return {
+        "input_ids": input_ids,
+        "prompt_lengths": prompts,
+        "completion_lengths": completions,
+        "prompt_positions": places(starts, prompts),
+        "positions": positions,
+        "labels": input_ids.flatten()[positions + 1],
+        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), completions.cumsum(0)]).int(),
+    }
+
+
+def token_batches(
+    lengths: Sequence[int], max_tokens: int, *, padded: bool = False, at_least: int = 1
+) -> list[list[int]]:
+    """Indices of ``lengths`` in batches of at most ``max_tokens`` each, a longer one alone; each index appears once.
+
+    A batch counts the sum of its lengths; the sums are balanced, the longest going first to the emptiest batch. With
+    ``padded`` it counts its longest times their number, and lengths that are alike go together. ``at_least`` asks for
+    more batches than needed, up to one for each length. The same arguments give the same batches.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if padded:
+        batches: list[list[int]] = []
+        for i in longest_first:
+            if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        while len(batches) < at_least and (most := max(batches, key=len))[1:]:
+            half = len(most) // 2
+            batches.append(most[half:])
+            del most[half:]
+        return batches
+    fewest = -(-sum(min(length, max_tokens) for length in lengths) // max_tokens)
+    for count in range(max(at_least, fewest), len(lengths)):
+        batches, sums = [[] for _ in range(count)], [0] * count
+        for i in longest_first:
+            emptiest = sums.index(min(sums))
+            batches[emptiest].append(i)
+            sums[emptiest] += lengths[i]
+        if all(total <= max_tokens or len(batch) == 1 for total, batch in zip(sums, batches, strict=True)):
+            return batches
+    return [[i] for i in longest_first]

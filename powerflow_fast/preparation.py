@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
 
+from .attention import attending, packed_attention
 from .config import PowerFlowConfig
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, SelfCheckError
 from .heads import is_peft, unwrap_peft
-from .models import add_lora, disable_dropout
+from .models import BaseScorer, CausalLMScorer, add_lora, disable_dropout
 from .rollout import seeded
+from .self_check import check_packing
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,37 @@ def prepare_model(model: nn.Module, config: PowerFlowConfig) -> nn.Module:
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def choose_packing(
+    config: PowerFlowConfig,
+    scorer: CausalLMScorer,
+    base: BaseScorer,
+    *,
+    accelerator: Any,
+    sample_prompts_ids: Sequence[Sequence[int]],
+) -> str | None:
+    """The attention that packed rows go through, or None where rows are padded; says so in the log.
+
+    Raises SelfCheckError where ``packing="on"`` and this model, or p_base where it runs elsewhere, cannot be packed.
+    """
+    if config.packing == "off":
+        return None
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    attention = packed_attention(scorer.model, autocast=half)
+    options = {"temperature": config.temperature, "sample_prompts_ids": sample_prompts_ids}
+    try:
+        with attending(base.alike(scorer), attention):
+            check_packing(scorer, autocast=accelerator.autocast, **options)
+            if base.scorer.model is not scorer.model:
+                check_packing(base.scorer, autocast=accelerator.autocast, **options)
+    except SelfCheckError as error:
+        if config.packing == "on":
+            raise
+        logger.warning("rows are padded instead of packed: %s", error)
+        return None
+    logger.info("rows are packed, with %s attention", attention)
+    return attention
 
 
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
-"""A check before training: is what we score what the model computes, and is what is sampled what we score?
+"""Checks before training: is what we score what the model computes, what is sampled what we score, and packing safe?
 
-Both hold for every model this package was tested with. Where a new model, a patched one or another engine breaks
-either, training would go on silently with a wrong gradient; so it is refused here, with the likely cause.
+All hold for every model this package was tested with. Where a new model, a patched one or another engine breaks
+one, training would go on silently with a wrong gradient; so it is refused here, with the likely cause.
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from .errors import SelfCheckError
 from .heads import evaluating, head_inputs, unwrap_peft
 from .models import CausalLMScorer, pad_token_id
-from .packing import PaddedBatch, pad_batch
+from .packing import Batch, PaddedBatch, pack_batch, pad_batch
 from .rollout import RolloutEngine
 
-__all__ = ["self_check"]
+__all__ = ["check_packing", "self_check"]
 
 _MAX_PROMPTS = 4
 _MAX_TOKENS = 32
 # Least absolute tolerance, nats: fp32 leaves room for TF32 matrix products, the others for their rounded activations.
 _FLOOR = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Largest difference of two gradients relative to their norm; rounding alone made 1e-5, 7e-3 and 2e-2 of it in models
+# of two layers. What leaks from one sequence into another changes a gradient by about its norm.
+_GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 _NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
 _PROCESSORS = (
     *_NEUTRAL,
@@ -56,10 +60,7 @@ def self_check(
     """
     scorer = model if isinstance(model, CausalLMScorer) else CausalLMScorer(model)
     pad_id = pad_token_id(tokenizer, scorer.model)
-    prompts = [list(p[:_MAX_TOKENS]) for p in sample_prompts_ids if p][:_MAX_PROMPTS]
-    if not prompts:
-        raise SelfCheckError("self_check: sample_prompts_ids holds no prompt with a token")
-    prompts = [p if len(p) > 1 else p * 2 for p in prompts]
+    prompts = _few("self_check", sample_prompts_ids)
     device = scorer.head.weight.device
     batch = pad_batch([p[: len(p) // 2] for p in prompts], [p[len(p) // 2 :] for p in prompts], pad_id).to(device)
     with autocast():
@@ -85,6 +86,70 @@ def self_check(
         )
     if engine is not None:
         _check_engine(scorer, engine, prompts, pad_id, temperature, tolerance, autocast)
+
+
+def check_packing(
+    scorer: CausalLMScorer,
+    *,
+    temperature: float,
+    sample_prompts_ids: Sequence[Sequence[int]],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Raise SelfCheckError, naming the likely cause, unless packed sequences are scored as each of them alone.
+
+    Compared are the log-probs, and the gradient of their sum with respect to all trained parameters together (extra
+    memory: two gradients), in training mode and with the attention that the model has now. A model whose state or
+    attention goes across the borders of packed sequences fails, whatever it is called.
+    """
+    prompts = _few("check_packing", sample_prompts_ids)
+    prompts += [prompt[::-1] for prompt in prompts]  # never one alone, and no two alike
+    halves = [p[: len(p) // 2] for p in prompts], [p[len(p) // 2 :] for p in prompts]
+    device = scorer.head.weight.device
+    trained = [p for p in scorer.parameters() if p.requires_grad]
+
+    def scored(batches: list[Batch]) -> tuple[Tensor, Sequence[Tensor]]:
+        with autocast():
+            logps = torch.cat([scorer(batch.to(device), temperature=temperature).logps for batch in batches])
+        return logps.detach(), torch.autograd.grad(logps.sum(), trained, materialize_grads=True) if trained else ()
+
+    lm = unwrap_peft(scorer.model)
+    failure = f"check_packing: {type(lm).__name__} with {lm.config._attn_implementation} attention cannot be packed"
+    with evaluating(scorer.model), torch.enable_grad():
+        scorer.model.train()
+        want, gradient = scored([pad_batch([p], [c], 0) for p, c in zip(*halves, strict=True)])
+        packed = pack_batch(*halves)
+        try:
+            got, packed_gradient = scored([packed])
+        except Exception as error:  # each model says in its own way that it cannot take position ids
+            raise SelfCheckError(f"{failure}: it raises {type(error).__name__}: {error}") from error
+        with torch.no_grad(), autocast():
+            logits = _model_logits(scorer.model, prompts[0])
+    tolerance = _tolerance(logits)
+    if not _close(got, want, tolerance):
+        first = slice(0, int(packed.cu_seqlens[1]))
+        cause = "Even the first of them is wrong: position ids mean something else to this model"
+        if _close(got[first], want[first], tolerance):
+            cause = (
+                "Only the first of them is right: the others see what lies before them in the row, by an attention "
+                "mask or a recurrent state of the model's own"
+            )
+        difference = _difference(got, want, tolerance, "a forward of its own", "the packed forward")
+        raise SelfCheckError(f"{failure}: {difference}. {cause}")
+    norm, tolerance = float(get_total_norm(gradient)), _GRADIENT_TOLERANCE.get(logits.dtype, 1e-2)
+    gap = float(get_total_norm([a - b for a, b in zip(gradient, packed_gradient, strict=True)]))
+    if not gap <= tolerance * norm:  # also where either is NaN
+        raise SelfCheckError(
+            f"{failure}: its log-probs are right, but their gradient, of norm {norm:.4g}, is off by {gap:.4g} "
+            f"(tolerance {tolerance * norm:.2g}): the backward pass of its attention or state is wrong for packed rows"
+        )
+
+
+def _few(name: str, sample_prompts_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """A few prompts, cut to a few tokens, at least two each."""
+    prompts = [list(p[:_MAX_TOKENS]) for p in sample_prompts_ids if p][:_MAX_PROMPTS]
+    if not prompts:
+        raise SelfCheckError(f"{name}: sample_prompts_ids holds no prompt with a token")
+    return [p if len(p) > 1 else p * 2 for p in prompts]
 
 
 def _model_logits(model: nn.Module, ids: list[int]) -> Tensor:
@@ -116,7 +181,7 @@ def _explain_logits(scorer: CausalLMScorer, batch: PaddedBatch, want: Tensor) ->
     """Why the model's logits ``want`` (N, V) differ from the ones our head stands for; constants per row are free."""
     head = scorer.head
     with evaluating(scorer.model):
-        states = head_inputs(scorer.model, scorer.head, batch.input_ids, batch.attention_mask)
+        states = head_inputs(scorer.model, scorer.head, batch.model_inputs())
     rows = states.flatten(0, 1)
     weight = head.weight.float()
     ours = nn.functional.linear(rows.float(), weight, None if head.bias is None else head.bias.float())

@@ -34,7 +34,7 @@ from .models import (
 )
 from .partition import LogZHead
 from .plots import plot_history
-from .preparation import check_arguments, digest, make_accelerator, prepare_model, prompt_text, seed_of
+from .preparation import check_arguments, choose_packing, digest, make_accelerator, prepare_model, prompt_text, seed_of
 from .rewards import FormatFn, format_penalties, resolve_format
 from .rollout import HFGenerateEngine, seeded
 from .run_state import RunState, find_checkpoint
@@ -179,8 +179,6 @@ class _Run:
                 head = LogZHead(scorer.head.weight.shape[1], num_layers=config.log_z_num_layers)
             head.to(accelerator.device)
         self.policy = Policy(scorer, head)
-        if config.fsdp:
-            shard(self.policy, self.model, accelerator.device)
         self.engine = HFGenerateEngine(
             self.model,
             self.tokenizer,
@@ -189,6 +187,19 @@ class _Run:
             batch_size=config.rollout_batch_size,
             autocast=accelerator.autocast,
         )
+        first_prompts = [self._encode(i) for i in range(min(4, len(self.dataset)))]
+        if config.self_check:
+            self_check(
+                scorer,
+                self.tokenizer,
+                temperature=config.temperature,
+                sample_prompts_ids=first_prompts,
+                engine=self.engine,
+                autocast=accelerator.autocast,
+            )
+        packing = choose_packing(config, scorer, self.base, accelerator=accelerator, sample_prompts_ids=first_prompts)
+        if config.fsdp:
+            shard(self.policy, self.model, accelerator.device)
         trained = [p for p in scorer.parameters() if p.requires_grad]
         groups = [{"params": trained, "lr": config.learning_rate, "weight_decay": config.weight_decay}]
         if head is not None:
@@ -213,16 +224,6 @@ class _Run:
             "num_processes": self.world,
         }
         self.state = RunState(self.policy, optimizer, self.scheduler, config, identity)
-        if config.self_check:
-            with gathered(self.policy):
-                self_check(
-                    scorer,
-                    self.tokenizer,
-                    temperature=config.temperature,
-                    sample_prompts_ids=[self._encode(i) for i in range(min(4, len(self.dataset)))],
-                    engine=self.engine,
-                    autocast=accelerator.autocast,
-                )
         self.step, self.samples = 0, None
         if self.resume_from is not None:
             self.step, self.samples = self.state.load(self.resume_from, self.rank)
@@ -238,7 +239,13 @@ class _Run:
         self.wrapped = self.policy if config.fsdp else accelerator.prepare(self.policy)
         self.optimizer = accelerator.prepare(optimizer)
         self.updater = Updater(
-            self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=self.engine.pad_id
+            self.wrapped,
+            self.base,
+            accelerator,
+            config,
+            alpha=self.alpha,
+            pad_id=self.engine.pad_id,
+            packing=packing,
         )
 
         resuming = self.config.resume_from_checkpoint not in (None, False)

@@ -6,19 +6,23 @@ the whole step on all devices, and a group's log Z' always comes from all of its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .attention import attending
 from .config import PowerFlowConfig
 from .models import BaseScorer, CausalLMScorer
 from .objectives import la_tb_loss
-from .packing import PaddedBatch, pad_batch, segment_sum
+from .packing import Batch, pack_batch, pad_batch, segment_sum, token_batches
 from .partition import LogZHead, group_log_z
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,21 +44,15 @@ class Samples:
     def __len__(self) -> int:
         return len(self.completion_ids)
 
-    def __getitem__(self, index: slice) -> Samples:
-        old = None if self.old_logps is None else self.old_logps[index]
-        return Samples(
-            self.prompt_ids[index],
-            self.completion_ids[index],
-            self.finished[index],
-            self.group_ids[index],
-            self.psi[index],
-            self.base_logps[index],
-            old,
-        )
+    def take(self, indices: Sequence[int]) -> Samples:
+        """The sequences with these numbers, in this order; ``base_logps`` must be there."""
+        at = torch.tensor(list(indices), device=self.psi.device)
+        lists = [[values[i] for i in indices] for values in (self.prompt_ids, self.completion_ids, self.finished)]
+        return Samples(*lists, **{name: None if v is None else v[at] for name, v in self.tensors().items()})
 
     def split(self, size: int) -> Iterator[Samples]:
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
+        for indices in _runs(len(self), size):
+            yield self.take(indices)
 
     def to(self, device: torch.device) -> Samples:
         moved = {name: None if value is None else value.to(device) for name, value in self.tensors().items()}
@@ -67,6 +65,18 @@ class Samples:
     @property
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.completion_ids]
+
+
+def _runs(count: int, size: int) -> list[Sequence[int]]:
+    """0, 1, ... count - 1 in runs of ``size``."""
+    return [range(count)[start : start + size] for start in range(0, count, size)]
+
+
+def _in_order(values: Sequence[Tensor], parts: Sequence[Sequence[int]], lengths: Sequence[int] | None = None) -> Tensor:
+    """Results of micro-batches ``parts`` in the order of the sequences; (B,), or (N,) with ``lengths`` (B,) tokens."""
+    joined, sequences = torch.cat(list(values)), [i for part in parts for i in part]
+    pieces = joined.split([1 if lengths is None else lengths[i] for i in sequences])
+    return torch.cat([piece for _, piece in sorted(zip(sequences, pieces, strict=True), key=lambda pair: pair[0])])
 
 
 class PolicyOutput(NamedTuple):
@@ -83,7 +93,7 @@ class Policy(nn.Module):
         self.scorer = scorer
         self.log_z_head = log_z_head
 
-    def forward(self, batch: PaddedBatch, *, temperature: float, need_entropy: bool = False) -> PolicyOutput:
+    def forward(self, batch: Batch, *, temperature: float, need_entropy: bool = False) -> PolicyOutput:
         learned = self.log_z_head is not None
         out = self.scorer(batch, temperature=temperature, need_entropy=need_entropy, pool_prompt=learned)
         # Not a view: FSDP2 warns of those among the outputs of what it wraps.
@@ -92,7 +102,7 @@ class Policy(nn.Module):
 
 
 class StepSums(NamedTuple):
-    """Per-sequence results of a step, concatenated over its micro-batches; (B,) each, detached."""
+    """Results of a step, the loss summed and the others in the order of its sequences; (B,) each, detached."""
 
     loss: Tensor
     delta: Tensor
@@ -110,6 +120,7 @@ class Updater:
         policy: the module that ``accelerator.prepare`` returned for a :class:`Policy`.
         accelerator: for autocast, backward and gradient synchronisation.
         pad_id: any token id; padding is masked.
+        packing: the attention of packed rows, from :func:`choose_packing`; None: rows are padded.
     """
 
     def __init__(
@@ -121,36 +132,87 @@ class Updater:
         *,
         alpha: float,
         pad_id: int,
+        packing: str | None = None,
     ):
         self.policy, self.base, self.accelerator = policy, base, accelerator
-        self.config, self.alpha, self.pad_id = config, alpha, pad_id
-        self.micro_batch_size = config.per_device_train_batch_size
-        # Whole groups in each micro-batch give their own log Z'; otherwise each step scores its sequences first.
-        self.groups_fit = self.micro_batch_size % config.num_generations == 0
+        self.config, self.alpha, self.pad_id, self.packing = config, alpha, pad_id, packing
+        self.max_tokens = config.max_tokens_per_batch
         self._ratio = {"clip": config.importance_clip, "importance_level": config.importance_level}
+        self._warned = False
 
-    def _batch(self, samples: Samples) -> PaddedBatch:
-        return pad_batch(samples.prompt_ids, samples.completion_ids, self.pad_id).to(self.accelerator.device)
+    # Micro-batches
+
+    def _micro_batches(self, samples: Samples, *, whole_groups: bool = False) -> list[Sequence[int]]:
+        """Numbers of the sequences of each micro-batch; equally many micro-batches on all devices.
+
+        A sharded model gathers its weights in each forward, on all devices at once.
+        """
+        if self.max_tokens is None:
+            return _runs(len(samples), self.config.per_device_train_batch_size)
+        units = _runs(len(samples), self.config.num_generations if whole_groups else 1)
+        sizes = self._tokens(samples, units)
+        if not self._warned and not whole_groups and max(sizes) > self.max_tokens:
+            self._warned = True
+            logger.warning(
+                "a sequence of %d tokens, prompt and completion, exceeds max_tokens_per_batch=%d; such a sequence "
+                "gets a micro-batch of its own",
+                max(sizes),
+                self.max_tokens,
+            )
+        batches = token_batches(sizes, self.max_tokens, padded=not self.packing)
+        if (most := self._most(len(batches))) > len(batches):
+            batches = token_batches(sizes, self.max_tokens, padded=not self.packing, at_least=most)
+        return [sorted(i for unit in batch for i in units[unit]) for batch in batches]
+
+    def _tokens(self, samples: Samples, units: Sequence[Sequence[int]]) -> list[int]:
+        """Tokens that the model runs on for each of ``units``, padding included where rows are padded."""
+        lengths = [len(p) + len(c) for p, c in zip(samples.prompt_ids, samples.completion_ids, strict=True)]
+        if self.packing:
+            return [sum(lengths[i] for i in unit) for unit in units]
+        return [len(unit) * max(lengths[i] for i in unit) for unit in units]
+
+    def _groups_fit(self, samples: Samples) -> bool:
+        """Whether micro-batches can hold whole groups, which give their own log Z'; the same on all devices."""
+        k = self.config.num_generations
+        if self.max_tokens is None:
+            return self.config.per_device_train_batch_size % k == 0
+        return self._most(max(self._tokens(samples, _runs(len(samples), k)))) <= self.max_tokens
+
+    def _most(self, number: int) -> int:
+        """The largest ``number`` of all devices."""
+        if self.accelerator.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    def _batch(self, samples: Samples, part: Sequence[int]) -> Batch:
+        ids = [samples.prompt_ids[i] for i in part], [samples.completion_ids[i] for i in part]
+        batch = pack_batch(*ids) if self.packing else pad_batch(*ids, self.pad_id)
+        return batch.to(self.accelerator.device)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """Around forward and backward passes: a checkpointed layer is run again in the latter."""
+        if not self.packing:
+            return nullcontext()
+        return attending(self.base.alike(self.accelerator.unwrap_model(self.policy).scorer), self.packing)
+
+    # Scores and the gradient
 
     def score_base(self, samples: Samples) -> Tensor:
         """(B,) sums of log-probs under p_base."""
-        with self.accelerator.autocast():
-            parts = [
-                self.base.score(self._batch(part), temperature=self.config.temperature)
-                for part in samples.split(self.micro_batch_size)
-            ]
-        return torch.cat(parts)
+        parts = self._micro_batches(samples)
+        with self.accelerator.autocast(), self._attention():
+            sums = [self.base.score(self._batch(samples, p), temperature=self.config.temperature) for p in parts]
+        return _in_order(sums, parts)
 
     @torch.no_grad()
     def score_policy(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """(N,) packed log-probs under the policy as it is now, and their (B + 1,) int32 boundaries."""
-        logps = []
-        for part in samples.split(self.micro_batch_size):
-            with self.accelerator.autocast():
-                out = self.policy(self._batch(part), temperature=self.config.temperature)
-            logps.append(out.logps.float())
+        parts = self._micro_batches(samples)
+        with self._attention(), self.accelerator.autocast():
+            out = [self.policy(self._batch(samples, p), temperature=self.config.temperature) for p in parts]
         lengths = torch.tensor([0, *samples.lengths]).cumsum(0)
-        return torch.cat(logps), lengths.int().to(self.accelerator.device)
+        logps = _in_order([o.logps.float() for o in out], parts, samples.lengths)
+        return logps, lengths.int().to(self.accelerator.device)
 
     def policy_sums(self, samples: Samples) -> Tensor:
         """(B,) sums of :meth:`score_policy`."""
@@ -171,14 +233,17 @@ class Updater:
         with_tokens = torch.tensor(sum(length > 0 for length in samples.lengths), device=accelerator.device)
         total = int(accelerator.reduce(with_tokens, reduction="sum"))
         log_z_of_step = None
-        if config.log_z == "group" and not self.groups_fit:
+        # Whole groups in each micro-batch give their own log Z'; otherwise the step scores its sequences first.
+        whole_groups = config.log_z == "group" and self._groups_fit(samples)
+        if config.log_z == "group" and not whole_groups:
             log_z_of_step = self._group_log_z(samples, *self.score_policy(samples), on_policy)
-        parts = list(samples.split(self.micro_batch_size))
+        parts = self._micro_batches(samples, whole_groups=whole_groups)
         results = []
-        for number, part in enumerate(parts):
+        for number, indices in enumerate(parts):
             last = number == len(parts) - 1
-            with nullcontext() if last else accelerator.no_sync(self.policy):
-                batch = self._batch(part)
+            part = samples.take(indices)
+            with nullcontext() if last else accelerator.no_sync(self.policy), self._attention():
+                batch = self._batch(samples, indices)
                 with accelerator.autocast():
                     out = self.policy(batch, temperature=config.temperature, need_entropy=need_entropy)
                 logps = out.logps.float()
@@ -187,8 +252,7 @@ class Updater:
                 elif log_z_of_step is None:
                     log_z = self._group_log_z(part, logps.detach(), batch.cu_seqlens, on_policy)
                 else:
-                    start = number * self.micro_batch_size
-                    log_z = log_z_of_step[start : start + len(part)]
+                    log_z = log_z_of_step[torch.tensor(list(indices), device=log_z_of_step.device)]
                 result = la_tb_loss(
                     logps,
                     part.base_logps,
@@ -205,14 +269,11 @@ class Updater:
             results.append(
                 (result.loss.detach(), result.delta, result.weight, result.logp_mean, log_z.detach(), out.entropy)
             )
-        loss, delta, weight, logp_mean, log_z, entropy = zip(*results, strict=True)
+        loss, *per_sequence, entropy = zip(*results, strict=True)
         return StepSums(
             torch.stack(loss).sum(),
-            torch.cat(delta),
-            torch.cat(weight),
-            torch.cat(logp_mean),
-            torch.cat(log_z),
-            torch.cat(entropy) if need_entropy else None,
+            *(_in_order(values, parts) for values in per_sequence),
+            _in_order(entropy, parts, samples.lengths) if need_entropy else None,
         )
 
     def _group_log_z(self, samples: Samples, logps: Tensor, cu_seqlens: Tensor, on_policy: bool) -> Tensor:

@@ -19,7 +19,7 @@ from powerflow_fast.models import (
     max_positions,
     pad_token_id,
 )
-from powerflow_fast.packing import pad_batch, segment_sum
+from powerflow_fast.packing import pack_batch, pad_batch, segment_sum
 
 PROMPTS = ragged_ids([1, 6, 3, 2], seed=1)
 COMPLETIONS = ragged_ids([5, 2, 0, 7], seed=2)
@@ -129,10 +129,17 @@ def test_find_head_refuses_other_models():
         find_head(model)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_scorer_equals_plain_logits(arch):
-    """Values and gradients of every parameter, at a temperature that is not one, with padding and an empty row."""
+@pytest.mark.parametrize(
+    ("arch", "attention", "packed"),
+    [(arch, None, False) for arch in ARCHITECTURES]
+    + [(arch, None, True) for arch in ARCHITECTURES if arch != "opt"]  # it makes an attention mask of its own
+    + [(arch, "eager", True) for arch in ("llama", "qwen2", "gpt2")],
+)
+def test_scorer_equals_plain_logits(arch, attention, packed):
+    """Values and gradients of every parameter, at a temperature that is not one, and with an empty completion."""
     model = disable_dropout(tiny_model(arch)).train()
+    if attention is not None:
+        model.set_attn_implementation(attention)
     scorer = CausalLMScorer(model)
     weights = torch.linspace(-1, 1, sum(map(len, COMPLETIONS)))
     want = plain_logps(model, 0.7)
@@ -140,7 +147,7 @@ def test_scorer_equals_plain_logits(arch):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    out = scorer(batch(), temperature=0.7)
+    out = scorer(pack_batch(PROMPTS, COMPLETIONS) if packed else batch(), temperature=0.7)
     assert out.logps.dtype == torch.float32
     assert out.cu_seqlens.tolist() == [0, 5, 7, 7, 14]
     assert torch.allclose(out.logps, want, atol=2e-5, rtol=1e-5)
@@ -184,11 +191,13 @@ def test_scorer_is_not_shifted():
     assert wrong.logps.max() < -5
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
-def test_entropy_and_pooled_prompt(arch):
+def test_entropy_and_pooled_prompt(arch, packed):
     model = tiny_model(arch)
     scorer = CausalLMScorer(model)
-    out = scorer(batch(), temperature=1.3, need_entropy=True, pool_prompt=True)
+    made = pack_batch(PROMPTS, COMPLETIONS) if packed else batch()
+    out = scorer(made, temperature=1.3, need_entropy=True, pool_prompt=True)
     logps, pooled = [], []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
         logits = plain_logits(model, prompt + completion)[len(prompt) - 1 : len(prompt + completion) - 1]

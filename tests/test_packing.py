@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerflow_fast.packing import pad_batch, repeat_by_segment, segment_sum
+from powerflow_fast.packing import pack_batch, pad_batch, segment_sum, token_batches
 
 
 def test_pad_batch_by_hand():
@@ -14,7 +14,19 @@ def test_pad_batch_by_hand():
     assert batch.positions.tolist() == [2, 4, 5, 6]
     assert batch.labels.tolist() == [9, 10, 11, 12]
     assert batch.cu_seqlens.tolist() == [0, 1, 4] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.prompt_positions.tolist() == [0, 1, 2, 4]
     assert len(batch) == 2
+
+
+def test_pack_batch_by_hand():
+    batch = pack_batch([[5, 6, 7], [4, 4], [8]], [[9], [], [10, 11, 12]])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 9, 4, 4, 8, 10, 11, 12]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3]]
+    assert batch.positions.tolist() == [2, 6, 7, 8]
+    assert batch.labels.tolist() == [9, 10, 11, 12]
+    assert batch.prompt_positions.tolist() == [0, 1, 2, 4, 5, 6]
+    assert batch.cu_seqlens.tolist() == [0, 1, 1, 4] and batch.cu_seqlens.dtype == torch.int32
+    assert len(batch) == 3 and set(batch.model_inputs()) == {"input_ids", "position_ids"}
 
 
 def test_pad_batch_matches_a_loop():
@@ -33,6 +45,12 @@ def test_pad_batch_matches_a_loop():
     assert batch.labels.tolist() == labels
     assert batch.prompt_lengths.tolist() == [1, 7, 3, 2, 5]
     assert batch.completion_lengths.tolist() == [4, 0, 6, 1, 2]
+    assert batch.input_ids.flatten()[batch.prompt_positions].tolist() == [t for ids in prompts for t in ids]
+    packed = pack_batch(prompts, completions)
+    assert packed.input_ids[0].tolist() == batch.input_ids[batch.attention_mask.bool()].tolist()
+    assert packed.input_ids.flatten()[packed.prompt_positions].tolist() == [t for ids in prompts for t in ids]
+    for name in ("labels", "cu_seqlens", "prompt_lengths", "completion_lengths"):
+        assert torch.equal(getattr(packed, name), getattr(batch, name)), name
 
 
 def test_pad_token_inside_the_text_is_not_padding():
@@ -42,31 +60,58 @@ def test_pad_token_inside_the_text_is_not_padding():
 
 
 def test_all_completions_empty():
-    batch = pad_batch([[1, 2], [3]], [[], []], pad_id=0)
-    assert batch.positions.shape == batch.labels.shape == (0,)
-    assert batch.cu_seqlens.tolist() == [0, 0, 0]
+    for batch in (pad_batch([[1, 2], [3]], [[], []], pad_id=0), pack_batch([[1, 2], [3]], [[], []])):
+        assert batch.positions.shape == batch.labels.shape == (0,)
+        assert batch.cu_seqlens.tolist() == [0, 0, 0]
 
 
-def test_pad_batch_refuses():
-    with pytest.raises(ValueError, match=r"prompt_ids\[1\] is empty"):
-        pad_batch([[1], []], [[2], [3]], pad_id=0)
+@pytest.mark.parametrize("make", [lambda p, c: pad_batch(p, c, pad_id=0), pack_batch])
+def test_bad_lists_are_refused(make):
+    with pytest.raises(ValueError, match=r"pa(d|ck)_batch: prompt_ids\[1\] is empty"):
+        make([[1], []], [[2], [3]])
     with pytest.raises(ValueError, match="equally long"):
-        pad_batch([[1]], [[2], [3]], pad_id=0)
+        make([[1]], [[2], [3]])
     with pytest.raises(ValueError, match="not empty"):
-        pad_batch([], [], pad_id=0)
+        make([], [])
 
 
 def test_to_moves_every_tensor():
-    batch = pad_batch([[1, 2]], [[3]], pad_id=0).to("meta")
-    assert {t.device.type for t in vars(batch).values()} == {"meta"}
+    for batch in (pad_batch([[1, 2]], [[3]], pad_id=0), pack_batch([[1, 2]], [[3]])):
+        moved = batch.to("meta")
+        assert type(moved) is type(batch) and {t.device.type for t in vars(moved).values()} == {"meta"}
 
 
-def test_segment_sum_and_repeat():
+@pytest.mark.parametrize("padded", [False, True])
+def test_token_batches_stay_within_the_budget(padded):
+    generator = torch.Generator().manual_seed(3)
+    for trial in range(40):
+        lengths = torch.randint(1, 60, (1 + trial,), generator=generator).tolist()
+        budget = 40 + 10 * (trial % 12)
+        batches = token_batches(lengths, budget, padded=padded)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        for batch in batches:
+            of = [lengths[i] for i in batch]
+            assert len(of) == 1 or (max(of) * len(of) if padded else sum(of)) <= budget
+        assert batches == token_batches(lengths, budget, padded=padded)
+        for more in (len(batches) + 1, len(lengths)):
+            asked = token_batches(lengths, budget, padded=padded, at_least=more)
+            assert len(asked) == min(more, len(lengths)) and all(asked)
+            assert sorted(i for batch in asked for i in batch) == list(range(len(lengths)))
+
+
+def test_token_batches_are_balanced_and_few():
+    lengths = [100, 90, 50, 40, 40, 30, 30, 20]  # 400 tokens
+    sums = [sum(lengths[i] for i in batch) for batch in token_batches(lengths, 210)]
+    assert sums == [200, 200]
+    assert token_batches([7, 500, 9], 100) == [[1], [2, 0]]
+    assert token_batches([30, 10, 28, 9], 60, padded=True) == [[0, 2], [1, 3]]
+    assert token_batches([5], 1) == [[0]]
+
+
+def test_segment_sum():
     values = torch.tensor([1.0, 2.0, float("inf"), 4.0, 5.0])
     cu = torch.tensor([0, 2, 2, 3, 5], dtype=torch.int32)
     assert segment_sum(values, cu).tolist() == [3.0, 0.0, float("inf"), 9.0]  # infinity stays in its segment
-    assert repeat_by_segment(torch.arange(4), cu).tolist() == [0, 0, 2, 3, 3]
-    assert repeat_by_segment(torch.arange(4), cu, total=5).tolist() == [0, 0, 2, 3, 3]
     # 2^24 + 1 is lost when each addition is rounded to fp32.
     long = torch.tensor([2.0**24, 1.0, 1.0])
     assert segment_sum(long, torch.tensor([0, 3], dtype=torch.int32)).item() == 2.0**24 + 2

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, VOCAB, one_thread, ragged_ids, tiny_model, tiny_tokenizer  # noqa: F401
+import transformers as tf
+from tiny import ARCHITECTURES, BOS, EOS, PAD, VOCAB, one_thread, ragged_ids, tiny_model, tiny_tokenizer  # noqa: F401
 
 from powerflow_fast.errors import SelfCheckError
 from powerflow_fast.models import CausalLMScorer, add_lora, disable_dropout
 from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.self_check import self_check
+from powerflow_fast.self_check import check_packing, self_check
 
 PROMPTS = ragged_ids([6, 1, 9], seed=4)
 
@@ -125,3 +126,113 @@ def test_a_model_that_cannot_be_padded_on_the_left():
 def test_needs_a_prompt():
     with pytest.raises(SelfCheckError, match="no prompt"):
         self_check(tiny_model(), tiny_tokenizer(), temperature=1.0, sample_prompts_ids=[[]])
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "opt"])  # gemma2: softcap, sliding window
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_passes(arch, dtype):
+    model = disable_dropout(tiny_model(arch)).to(dtype)
+    check_packing(CausalLMScorer(model), temperature=0.9, sample_prompts_ids=PROMPTS)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_packing_passes_for_lora_a_frozen_base_autocast_checkpointing_and_one_prompt():
+    options = {"temperature": 0.9, "sample_prompts_ids": PROMPTS}
+    policy = add_lora(tiny_model())
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    check_packing(CausalLMScorer(policy), autocast=lambda: torch.autocast("cpu", torch.bfloat16), **options)
+    check_packing(CausalLMScorer(tiny_model().requires_grad_(False)), **options)
+    checkpointed = tiny_model()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_packing(CausalLMScorer(checkpointed), **options)
+    check_packing(CausalLMScorer(tiny_model()), temperature=0.9, sample_prompts_ids=PROMPTS[:1])
+
+
+def own_mask(model):
+    """As a model that fills in an attention mask where it is given none; OPT does."""
+    forward = model.forward
+    model.forward = lambda **kw: forward(**{"attention_mask": torch.ones_like(kw["input_ids"]), **kw})
+    return model
+
+
+def own_cache(model):
+    forward = model.forward
+    model.forward = lambda **kw: forward(**{**kw, "use_cache": True})
+    return model
+
+
+def shifted_positions(model):
+    forward = model.forward
+
+    def changed(position_ids=None, **kwargs):
+        return forward(position_ids=None if position_ids is None else position_ids + 3, **kwargs)
+
+    model.forward = changed
+    return model
+
+
+def no_positions(model):
+    forward = model.forward
+    model.forward = lambda input_ids, attention_mask=None, use_cache=None: forward(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+    )
+    return model
+
+
+def packed_layer(change):
+    """The second layer's attention output goes through ``change`` when several sequences are in the row."""
+
+    def patch(model):
+        attention = model.model.layers[1].self_attn
+        forward = attention.forward
+
+        def changed(*args, position_ids=None, **kwargs):
+            output, *rest = forward(*args, position_ids=position_ids, **kwargs)
+            packed = position_ids is not None and bool((position_ids.diff() < 0).any())
+            return change(output) if packed else output, *rest
+
+        attention.forward = changed
+        return model
+
+    return patch
+
+
+@pytest.mark.parametrize(
+    ("arch", "broken", "cause"),
+    [
+        ("opt", lambda model: model, "OPTForCausalLM with sdpa attention cannot be packed: .*Only the first"),
+        ("llama", own_mask, "LlamaForCausalLM .*Only the first of them is right"),
+        ("llama", own_cache, "Only the first of them is right"),
+        ("gpt2", shifted_positions, "Even the first of them is wrong: position ids"),
+        ("llama", no_positions, "raises TypeError: .*position_ids"),
+        ("llama", packed_layer(lambda x: x.detach()), "log-probs are right, but their gradient"),
+        ("llama", packed_layer(lambda x: x + 0.5 * (x - x.detach())), "log-probs are right, but their gradient"),
+        ("llama", packed_layer(lambda x: x * float("nan")), "difference inf"),
+        # What a recurrent layer or a convolution over the row does: a little of the token before, whoever's it is.
+        ("qwen2", packed_layer(lambda x: x + 0.1 * x.roll(1, 1)), "cannot be packed"),
+    ],
+)
+def test_packing_that_is_broken_is_refused(arch, broken, cause):
+    model = broken(disable_dropout(tiny_model(arch)))
+    with pytest.raises(SelfCheckError, match=cause):
+        check_packing(CausalLMScorer(model), temperature=0.9, sample_prompts_ids=PROMPTS)
+
+
+def test_a_recurrent_state_is_caught():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    model = tf.MambaForCausalLM(tf.MambaConfig(**sizes, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.normal_(0.0, 0.6)
+    with pytest.raises(SelfCheckError, match=r"MambaForCausalLM .*cannot be packed"):
+        check_packing(CausalLMScorer(model), temperature=0.9, sample_prompts_ids=PROMPTS)
+
+
+def test_a_prompt_is_needed_to_check_packing():
+    with pytest.raises(SelfCheckError, match="check_packing: sample_prompts_ids holds no prompt"):
+        check_packing(CausalLMScorer(tiny_model()), temperature=1.0, sample_prompts_ids=[[]])

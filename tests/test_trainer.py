@@ -128,6 +128,57 @@ def test_micro_batches_do_not_show(tmp_path, monkeypatch, log_z):
             torch.testing.assert_close(parts[name], gradient, rtol=2e-4, atol=2e-5, msg=name)
 
 
+@pytest.mark.parametrize("log_z", ["learned", "group"])
+def test_packing_and_token_budgets_do_not_show(tmp_path, monkeypatch, log_z):
+    options = {"log_z": log_z, "per_device_train_batch_size": 8, "format_fn": lambda prompt, text: "a" in text}
+    cuts = [{"packing": "off"}, {"packing": "on"}, {"packing": "on", "max_tokens_per_batch": 30}]
+    cuts += [{"packing": "auto", "max_tokens_per_batch": 16}, {"packing": "off", "max_tokens_per_batch": 30}]
+    whole, *others = [
+        gradient_of_first_step(tmp_path, monkeypatch, f"cut{i}", **options, **cut) for i, cut in enumerate(cuts)
+    ]
+    assert whole["loss"] > 0
+    for found in others:
+        assert found.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=2e-5, msg=name)
+
+
+def test_packing_is_chosen_by_measuring(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    shapes = []
+    original = trainer.CausalLMScorer.forward
+
+    def spy(self, batch, **keywords):
+        shapes.append((len(batch), batch.input_ids.shape[0]))
+        return original(self, batch, **keywords)
+
+    monkeypatch.setattr(trainer.CausalLMScorer, "forward", spy)
+    run(tmp_path, name="llama", max_steps=1)
+    assert shapes[-1] == (4, 1) and "rows are packed, with sdpa attention" in caplog.text
+    run(tmp_path, name="opt", model=tiny_model("opt"), max_steps=1)
+    assert shapes[-1] == (4, 4)
+    assert "rows are padded instead of packed: check_packing: OPTForCausalLM with sdpa attention" in caplog.text
+    run(tmp_path, name="off", max_steps=1, packing="off")
+    assert shapes[-1] == (4, 4)
+    with pytest.raises(SelfCheckError, match="OPTForCausalLM with sdpa attention cannot be packed"):
+        run(tmp_path, name="on", model=tiny_model("opt"), packing="on")
+    assert not (tmp_path / "on").exists()
+
+
+def test_a_base_that_cannot_be_packed_keeps_rows_padded(tmp_path, monkeypatch, caplog):
+    original = trainer.make_base
+
+    def broken(model, mode):
+        base = original(model, mode)
+        forward = base.scorer.model.forward
+        base.scorer.model.forward = lambda **kw: forward(**{"attention_mask": torch.ones_like(kw["input_ids"]), **kw})
+        return base
+
+    monkeypatch.setattr(trainer, "make_base", broken)
+    run(tmp_path, max_steps=1, base="cpu")
+    assert "rows are padded instead of packed" in caplog.text
+
+
 def test_alpha_one_is_at_its_optimum(tmp_path):
     """At α = 1 the base model is the target: group log Z' makes every residual zero."""
     result = run(tmp_path, alpha=1.0, log_z="group", max_steps=1)
