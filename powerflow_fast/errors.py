@@ -14,6 +14,7 @@ __all__ = [
     "NonFiniteLossError",
     "OutputDirError",
     "PowerFlowError",
+    "RunStopped",
     "SelfCheckError",
 ]
 
@@ -56,4 +57,15 @@ class NonFiniteLossError(PowerFlowError, RuntimeError):
     def __init__(self, message: str, *, step: int, checkpoint: str | None):
         super().__init__(message)
         self.step = step
+        self.checkpoint = checkpoint
+
+
+class RunStopped(SystemExit):
+    """SIGTERM ended :func:`train` after its state was saved; ``checkpoint`` is that folder, or None before step 1.
+
+    As a ``SystemExit`` with code 0 it ends a script the way that schedulers expect; catch it to do more.
+    """
+
+    def __init__(self, checkpoint: str | None):
+        super().__init__(0)
         self.checkpoint = checkpoint

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -21,21 +23,22 @@ from torch import nn
 from . import report
 from .checkpoint import checkpoint_step, git_commit, latest_checkpoint, prepare_output_dir
 from .config import PowerFlowConfig
-from .data import PromptDataset, check_lengths, encode_prompt, load_prompts, prompt_indices
-from .errors import ConfigError, ModelError, NonFiniteLossError, OutputDirError
+from .data import PromptDataset, encode_prompt, load_prompts, prompt_indices
+from .errors import ConfigError, ModelError, NonFiniteLossError, OutputDirError, RunStopped
+from .faults import Abandoned, StopRequest
 from .models import (
     CausalLMScorer,
     load_model,
     make_base,
-    max_positions,
     save_model,
     weights_fingerprint,
 )
 from .partition import LogZHead
 from .plots import plot_history
-from .preparation import check_arguments, digest, make_accelerator, prepare_model, prompt_text, seed_of
+from .preparation import check_arguments, check_prompts, digest, make_accelerator, prepare_model, prompt_text, seed_of
 from .rewards import FormatFn, format_penalties, resolve_format
 from .rollout import HFGenerateEngine, seeded
+from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
 from .update import Policy, Samples, Updater
@@ -109,6 +112,7 @@ def train(
 
     Raises:
         ConfigError, DataError, ModelError, SelfCheckError, OutputDirError, CheckpointError: before the first step.
+        RunStopped, KeyboardInterrupt: SIGTERM or SIGINT came; the state after the last whole step is saved.
         NonFiniteLossError: the loss or its gradient was NaN or infinite; the weights before that step are saved.
 
     Source: LA-TB, PowerFlow (arXiv 2603.18363).
@@ -141,25 +145,12 @@ class _Run:
             weights_dtype = "float32"
         loaded = load_model(model, tokenizer=tokenizer, dtype=weights_dtype, trust_remote_code=config.trust_remote_code)
         self.tokenizer, self.model_name = loaded.tokenizer, loaded.name
-        self._check_prompts(loaded.model)
+        self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
+        check_prompts(self.dataset, self.tokenizer, loaded.model, config, self._encode_options)
         self.model = prepare_model(loaded.model, config).to(self.accelerator.device)
         self._build()
 
     # Set-up
-
-    def _check_prompts(self, model: nn.Module) -> None:
-        config = self.config
-        self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
-        longest = check_lengths(
-            self.dataset, self.tokenizer, max_prompt_length=config.max_prompt_length, **self._encode_options
-        )
-        limit = max_positions(model)
-        if limit is not None and longest + config.max_completion_length > limit:
-            raise ConfigError(
-                f"PowerFlowConfig: the longest prompt has {longest} tokens; with max_completion_length="
-                f"{config.max_completion_length} that exceeds the model's {limit} positions; set max_completion_length "
-                f"to at most {limit - longest}"
-            )
 
     def _build(self) -> None:
         """Everything that needs the model: base, engine, optimiser, scheduler, check, output folder, resumed state."""
@@ -227,6 +218,7 @@ class _Run:
                 )
         elif config.resume_from_checkpoint:
             logger.warning("no checkpoint in %s yet: the run starts at step 1", config.output_dir)
+        self.saved_step = self.step
         self.wrapped, self.optimizer = accelerator.prepare(self.policy, optimizer)
         self.updater = Updater(
             self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=self.engine.pad_id
@@ -257,16 +249,26 @@ class _Run:
     # The loop
 
     def train(self) -> TrainResult:
+        # A run from the start keeps no rows of one that was killed before its first checkpoint.
+        first = None if self.resume_from is None else self.step
+        self.log = RunLog(self.output_dir, self.config, self.accelerator, total=self.total_steps, first=first)
+        with StopRequest() as self.stop_request:
+            try:
+                before = self._samples_before()
+                self._loop()
+                self._save()
+                self._heed_signals()
+                self._evaluate(record_always=True)
+                self._finish(before)
+                self._heed_signals()
+            except Abandoned:
+                self._stopped()
+            finally:
+                self.log.close()
+        return TrainResult(self.model, self.tokenizer, self.log.history, self.output_dir)
+
+    def _loop(self) -> None:
         config = self.config
-        history_file = self.output_dir / "history.jsonl"
-        # Rows after the resumed step are dropped: those steps are made again.
-        self.history_file = report.HistoryWriter(history_file, resume_step=self.step) if self.is_main else None
-        self.history = report.read_history(history_file) if self.is_main else []
-        progress = report.ProgressLine(self.total_steps, first=self.step) if self.is_main else None
-        completions = self.output_dir / "completions.jsonl"
-        log = self.is_main and self.config.log_completions
-        self.completions_file = report.HistoryWriter(completions, resume_step=self.step) if log else None
-        before = self._samples_before()
         if self.step == 0:
             self._evaluate(record_always=True)
         stop = self.step >= self.total_steps
@@ -276,8 +278,10 @@ class _Run:
         while not stop:
             rollout_number, update = divmod(self.step, config.updates_per_generation)
             timings = {"rollout": 0.0, "score": 0.0}
+            self._heed_signals()
             if update == 0:
-                self.samples = self._rollout(rollout_number, timings)
+                with self._abandonable():
+                    self.samples = self._rollout(rollout_number, timings)
             parts = list(self.samples.split(per_step))
             part = parts[update % len(parts)]
             # An untrained head starts at the best constant.
@@ -287,20 +291,39 @@ class _Run:
             metrics = self._step(part, on_policy=update == 0, logged=logged, timings=timings)
             self.step += 1
             if logged:
-                self._record(metrics)
-                if progress:
-                    progress.update({"step": self.step, **metrics})
+                self.log.record(self.step, metrics, progress=True)
             if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.total_steps:
                 self._evaluate()
             step_report = StepReport(self.step, metrics, self.model)
             stop = any([callback(step_report) for callback in self.callbacks]) or self.step >= self.total_steps
             if config.save_steps and self.step % config.save_steps == 0 and not stop:
                 self._save()
-        if progress:
-            progress.close()
-        self._save()
-        self._evaluate(record_always=True)
-        return self._finish(before)
+        self.log.end_progress()
+
+    def _abandonable(self) -> AbstractContextManager[None]:
+        return self.stop_request.abandonable(self.world == 1)
+
+    def _heed_signals(self) -> None:
+        """Leave the loop if any process was asked to; all of them do so before the same step."""
+        asked = self.stop_request.signal is not None
+        if self.world > 1:
+            asked = bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)))
+        if asked:
+            raise Abandoned
+
+    def _stopped(self) -> NoReturn:
+        """Save and say how to go on; a SIGINT then is the KeyboardInterrupt that callers expect."""
+        self.log.end_progress()
+        if self.step > self.saved_step:
+            self._save()
+        name = signal.SIGTERM.name if self.stop_request.signal is None else self.stop_request.signal.name
+        kept = self.output_dir / f"checkpoint-{self.step}" if self.step else None
+        if self.is_main:
+            state = f"step {self.step} of {self.total_steps} is saved in {kept}" if kept else "no step was made yet"
+            logger.warning("%s: %s; to go on, run the same with resume_from_checkpoint=True", name, state)
+        if self.stop_request.signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        raise RunStopped(str(kept) if kept else None)
 
     def _rollout(self, number: int, timings: dict[str, float]) -> Samples:
         """Completions for this device's share of rollout ``number``, scored under p_base and, if needed, the policy."""
@@ -313,24 +336,23 @@ class _Run:
         rollout = self.engine.generate(prompts, seed=seed_of(config.seed, number, self.rank))
         timings["rollout"] = time.perf_counter() - started
         started = time.perf_counter()
+        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         samples = Samples(
             rollout.prompt_ids,
             rollout.completion_ids,
             rollout.finished,
             group_ids=torch.arange(len(indices)).repeat_interleave(k),
-            psi=self._format_penalties(indices, rollout.completion_ids),
+            psi=self._format_penalties(indices, texts),
         ).to(self.accelerator.device)
         samples.base_logps = self.updater.score_base(samples)
         if config.updates_per_generation > 1:
             samples.old_logps = self.updater.policy_sums(samples)
         timings["score"] = time.perf_counter() - started
-        if self.completions_file is not None:
-            self._write_completions(number, indices, rollout)
+        self.log.completions(number, indices, texts)
         return samples
 
-    def _format_penalties(self, indices: list[int], completions: list[list[int]]) -> torch.Tensor:
+    def _format_penalties(self, indices: list[int], texts: list[str]) -> torch.Tensor:
         rows = [self.dataset[i] for i in indices for _ in range(self.config.num_generations)]
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
         prompts, columns = [row.prompt for row in rows], [row.extra for row in rows]
         psi = format_penalties(self.format_fn, prompts, texts, columns, penalty=self.config.format_penalty)
         return torch.tensor(psi, dtype=torch.float32)
@@ -339,7 +361,8 @@ class _Run:
         """One optimiser step; raises before the weights change when the gradient is not finite."""
         started = time.perf_counter()
         self.wrapped.train()
-        sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
+        with self._abandonable():
+            sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
         max_norm = self.config.max_grad_norm or float("inf")
         grad_norm = float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
         loss = float(self.accelerator.reduce(sums.loss, reduction="sum"))
@@ -379,25 +402,18 @@ class _Run:
 
     # What people see
 
-    def _record(self, metrics: dict[str, float]) -> None:
-        row = {"step": self.step, **metrics}
-        if self.is_main:
-            self.history.append(row)
-            self.history_file.write(row)
-        self.accelerator.log(metrics, step=self.step)
-
     def _evaluate(self, *, record_always: bool = False) -> None:
         if self.eval_fn is None or not (record_always or self.config.eval_steps):
             return
         if self.is_main:
             self.model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self._abandonable():
                 scores = self.eval_fn(self.model, self.tokenizer, self.step)
             try:
                 numbers = {f"eval/{name}": float(value) for name, value in scores.items()}
             except (AttributeError, TypeError, ValueError):
                 raise ConfigError(f"eval_fn must return a dict of numbers, got {scores!r}") from None
-            self._record(numbers)
+            self.log.record(self.step, numbers)
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self, count: int) -> list[report.Sample]:
@@ -419,23 +435,16 @@ class _Run:
             path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
         return samples
 
-    def _write_completions(self, number: int, indices: list[int], rollout: Any) -> None:
-        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-        step = number * self.config.updates_per_generation + 1  # the first that trains on them
-        for j, text in enumerate(texts):
-            index = indices[j // self.config.num_generations]
-            self.completions_file.write({"step": step, "rollout": number, "prompt_index": index, "text": text})
-
     def _save(self) -> None:
         """A checkpoint at the present step; an unfinished rollout goes with it."""
         unfinished = self.step % self.config.updates_per_generation != 0
         self.state.save(self.output_dir, self.step, self.samples if unfinished else None, self.accelerator)
+        self.saved_step = self.step
 
-    def _finish(self, before: list[report.Sample]) -> TrainResult:
+    def _finish(self, before: list[report.Sample]) -> None:
         self.model.eval()
-        steps = [row for row in self.history if "loss" in row]
+        steps = [row for row in self.log.history if "loss" in row]
         if self.is_main:
-            self.history_file.close()
             save_model(self.model, self.tokenizer, self.output_dir)
             if self.policy.log_z_head is not None:
                 save_file(self.policy.log_z_head.state_dict(), self.output_dir / "log_z_head.safetensors")
@@ -457,6 +466,3 @@ class _Run:
                     max_completion_length=self.config.max_completion_length,
                 )
         self.accelerator.wait_for_everyone()
-        for tracker in self.accelerator.trackers:  # end_training would also end the caller's process group
-            tracker.finish()
-        return TrainResult(self.model, self.tokenizer, self.history, self.output_dir)
