@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted, acted on where nothing is torn, and handed back afterwards."""
+"""What interrupts a run: signals that ask it to stop, and steps whose loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["Abandoned", "StopRequest"]
+from .checkpoint import checkpoint_step
+from .config import PowerFlowConfig
+from .errors import NonFiniteLossError
+
+__all__ = ["Abandoned", "StopRequest", "may_skip", "non_finite_error"]
 
 
 class Abandoned(BaseException):
@@ -67,3 +72,33 @@ class StopRequest:
             yield
         finally:
             self._leave_at_once = False
+
+
+def may_skip(config: PowerFlowConfig, counters: dict[str, Any]) -> bool:
+    """Count a step that is left out, or return False where the run has to end instead.
+
+    ``counters`` gets "skipped_steps" and "skipped_in_a_row"; a step that is made sets the second to 0.
+    """
+    in_a_row = counters.get("skipped_in_a_row", 0) + 1
+    if config.on_nonfinite == "stop" or in_a_row >= config.max_nonfinite_steps:
+        return False
+    counters["skipped_in_a_row"] = in_a_row
+    counters["skipped_steps"] = counters.get("skipped_steps", 0) + 1
+    return True
+
+
+def non_finite_error(
+    step: int, metric: str, metrics: dict[str, float], kept: Path | None, counters: dict[str, Any]
+) -> NonFiniteLossError:
+    """The error that ends the run at ``step``; ``kept`` is the newest checkpoint."""
+    saved = f"the state after step {checkpoint_step(kept)} is in {kept}" if kept else "there is no checkpoint yet"
+    state = "its update made the weights non-finite" if metric == "weights" else "it did not change the weights"
+    before = counters.get("skipped_in_a_row", 0)
+    row = f", after {before} skipped in a row (max_nonfinite_steps)" if before else ""
+    return NonFiniteLossError(
+        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}{row}; {state}, and {saved}. "
+        "Lower learning_rate, or look for prompts or completions that the model gives no finite log-probs",
+        step=step,
+        metric=metric,
+        checkpoint=str(kept) if kept else None,
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from . import report
-from .checkpoint import checkpoint_step, git_commit, latest_checkpoint, prepare_output_dir
+from .alarms import Alarms
+from .checkpoint import checkpoint_step, disk_full, git_commit, latest_checkpoint, prepare_output_dir
 from .config import PowerFlowConfig
 from .data import PromptDataset, encode_prompt, load_prompts, prompt_indices
-from .errors import ConfigError, ModelError, NonFiniteLossError, OutputDirError, RunStopped
-from .faults import Abandoned, StopRequest
+from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
+from .faults import Abandoned, StopRequest, may_skip, non_finite_error
 from .models import (
     CausalLMScorer,
     load_model,
@@ -113,7 +116,8 @@ def train(
     Raises:
         ConfigError, DataError, ModelError, SelfCheckError, OutputDirError, CheckpointError: before the first step.
         RunStopped, KeyboardInterrupt: SIGTERM or SIGINT came; the state after the last whole step is saved.
-        NonFiniteLossError: the loss or its gradient was NaN or infinite; the weights before that step are saved.
+        NonFiniteLossError: the loss or its gradient was NaN or infinite, with ``on_nonfinite="stop"`` or too many times
+            in a row; the last checkpoint is kept (the state before that step is saved if there is none).
 
     Source: LA-TB, PowerFlow (arXiv 2603.18363).
     """
@@ -219,6 +223,9 @@ class _Run:
         elif config.resume_from_checkpoint:
             logger.warning("no checkpoint in %s yet: the run starts at step 1", config.output_dir)
         self.saved_step = self.step
+        self.alarms = Alarms(config, warn=self.is_main)
+        if "alarms" in self.state.counters:
+            self.alarms.load_state_dict(self.state.counters["alarms"])
         self.wrapped, self.optimizer = accelerator.prepare(self.policy, optimizer)
         self.updater = Updater(
             self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=self.engine.pad_id
@@ -263,6 +270,11 @@ class _Run:
                 self._heed_signals()
             except Abandoned:
                 self._stopped()
+            except (OSError, SafetensorError) as error:
+                if isinstance(error, PowerFlowError) or (reason := disk_full(error, self.output_dir)) is None:
+                    raise
+                remedy = "Free some space, then run the same with resume_from_checkpoint=True"
+                raise OutputDirError(f"output_dir {self.output_dir}: {reason}. {remedy}") from error
             finally:
                 self.log.close()
         return TrainResult(self.model, self.tokenizer, self.log.history, self.output_dir)
@@ -284,13 +296,14 @@ class _Run:
                     self.samples = self._rollout(rollout_number, timings)
             parts = list(self.samples.split(per_step))
             part = parts[update % len(parts)]
-            # An untrained head starts at the best constant.
-            if self.step == 0 and self.policy.log_z_head is not None:
-                self.policy.log_z_head.warm_start(self.updater.mean_target(part))
+            # An untrained head starts at the best constant; a first step that is skipped leaves it untrained.
+            if self.policy.log_z_head is not None and not self.optimizer.state:
+                self._warm_start(part)
             logged = (self.step + 1) % config.logging_steps == 0 or self.step + 1 == self.total_steps
+            skipped = self.state.counters.get("skipped_steps", 0)
             metrics = self._step(part, on_policy=update == 0, logged=logged, timings=timings)
             self.step += 1
-            if logged:
+            if logged or metrics["skipped_steps"] > skipped:
                 self.log.record(self.step, metrics, progress=True)
             if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.total_steps:
                 self._evaluate()
@@ -357,8 +370,13 @@ class _Run:
         psi = format_penalties(self.format_fn, prompts, texts, columns, penalty=self.config.format_penalty)
         return torch.tensor(psi, dtype=torch.float32)
 
+    def _warm_start(self, samples: Samples) -> None:
+        constant = self.updater.mean_target(samples)
+        if math.isfinite(constant):  # else the step's gradient is not finite either, and it is dealt with there
+            self.policy.log_z_head.warm_start(constant)
+
     def _step(self, samples: Samples, *, on_policy: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
-        """One optimiser step; raises before the weights change when the gradient is not finite."""
+        """One optimiser step, or none where loss or gradient are not finite."""
         started = time.perf_counter()
         self.wrapped.train()
         with self._abandonable():
@@ -366,39 +384,40 @@ class _Run:
         max_norm = self.config.max_grad_norm or float("inf")
         grad_norm = float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
         loss = float(self.accelerator.reduce(sums.loss, reduction="sum"))
-        if not (torch.isfinite(torch.tensor(loss)) and torch.isfinite(torch.tensor(grad_norm))):
-            self._stop_non_finite(loss, grad_norm)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
-        total = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
-        if not bool(torch.isfinite(total)):
-            self._stop_non_finite(loss, grad_norm)
-        self.scheduler.step()
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        bad = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
+        # Reduced numbers are everyone's, but a wrapper may compute the norm on its own: one that skips makes all skip.
+        if self.accelerator.reduce(torch.tensor(float(bad is not None), device=self.accelerator.device)) > 0:
+            if not may_skip(self.config, self.state.counters):
+                self._stop_non_finite(bad or "grad_norm", metrics)
+            if self.is_main:
+                logger.warning("step %d is skipped: %s is %s", self.step + 1, bad, metrics.get(bad))
+        else:
+            self.optimizer.step()
+            total = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
+            if not bool(torch.isfinite(total)):
+                self._stop_non_finite("weights", metrics)
+            self.scheduler.step()
+            self.state.counters["skipped_in_a_row"] = 0
         self.optimizer.zero_grad(set_to_none=True)
         timings["update"] = time.perf_counter() - started
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics["skipped_steps"] = self.state.counters.get("skipped_steps", 0)
         if logged:
             metrics |= self.updater.metrics(samples, sums)
+            metrics |= self.alarms.check(self.step + 1, metrics)
+            self.state.counters["alarms"] = self.alarms.state_dict()
         seconds = sum(timings.values())
         tokens = sum(map(len, samples.prompt_ids)) + sum(samples.lengths)
         metrics |= {f"seconds/{name}": value for name, value in timings.items()}
         metrics["tokens_per_second"] = tokens * self.world / seconds
         return metrics
 
-    def _stop_non_finite(self, loss: float, grad_norm: float) -> None:
-        step = self.step + 1
-        finite = all(bool(torch.isfinite(p).all()) for p in self.policy.parameters())
-        if finite and self.step > 0:
+    def _stop_non_finite(self, metric: str, metrics: dict[str, float]) -> NoReturn:
+        # Where there is a checkpoint, nothing newer goes over it: the run may have been on its way here for a while.
+        if metric != "weights" and self.step > 0 and self.saved_step == 0:
             self._save()
         kept = latest_checkpoint(self.output_dir)
-        saved = f"the state after step {checkpoint_step(kept)} is in {kept}" if kept else "there is no checkpoint yet"
-        state = "this step did not change the weights" if finite else "its update made the weights non-finite"
-        raise NonFiniteLossError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; {state}, and {saved}. "
-            "Lower learning_rate, or look for prompts or completions that the model gives no finite log-probs",
-            step=step,
-            checkpoint=str(kept) if kept else None,
-        )
+        raise non_finite_error(self.step + 1, metric, metrics, kept, self.state.counters)
 
     # What people see
 
@@ -443,7 +462,13 @@ class _Run:
 
     def _finish(self, before: list[report.Sample]) -> None:
         self.model.eval()
-        steps = [row for row in self.log.history if "loss" in row]
+        # A skipped step has no finite numbers, or too few of them.
+        needed = ("loss", *_CARD_METRICS)
+        steps = [
+            row
+            for row in self.log.history
+            if all(isinstance(row.get(k), float) and math.isfinite(row[k]) for k in needed)
+        ]
         if self.is_main:
             save_model(self.model, self.tokenizer, self.output_dir)
             if self.policy.log_z_head is not None:
