@@ -31,6 +31,7 @@ from .sharding import laid_out_as
 __all__ = [
     "Checkpoint",
     "checkpoint_step",
+    "disk_full",
     "get_rng_state",
     "git_commit",
     "latest_checkpoint",
@@ -50,6 +51,11 @@ _MANIFEST = "manifest.json"
 # What a run writes into its folder, besides run.json.
 _OURS = ("model", "adapter", "checkpoint-*", "history.*", "samples*", "completions.jsonl", "log_z_head.safetensors")
 _STATE = "state.json"
+_FULL = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the limit on the size of a file is reached",
+}
 # "checkpoint-7.old" exists only between the two renames that replace an existing checkpoint-7.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 
@@ -76,7 +82,10 @@ def save_checkpoint(path: str | Path, *, tensors: Mapping[str, Mapping[str, Tens
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", group):
                 raise CheckpointError(f"save_checkpoint: group name {group!r} is no file name")
             unique, manifest["aliases"][group] = _untie(named)
-            save_file(unique, temporary / f"{group}.safetensors", metadata={"format": "pt"})
+            file = temporary / f"{group}.safetensors"
+            save_file(unique, file, metadata={"format": "pt"})
+            if file.stat().st_size < sum(tensor.nbytes for tensor in unique.values()):
+                raise OSError(errno.ENOSPC, "a file came out shorter than what was written to it", str(file))
         (temporary / _STATE).write_text(state_text, encoding="utf-8")
         for file in sorted(temporary.iterdir()):
             manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
@@ -94,17 +103,35 @@ def save_checkpoint(path: str | Path, *, tensors: Mapping[str, Mapping[str, Tens
         _fsync(path.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors reports an I/O error as text.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        if not full:
+        reason = disk_full(error, path.parent)
+        if reason is None:
             raise CheckpointError(f"{path}: cannot save the checkpoint: {error}") from error
         needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
-        free = shutil.disk_usage(path.parent).free
         raise CheckpointError(
-            f"{path}: no space left on the disk that holds {path.parent.resolve()}: {free / 2**20:.0f} MiB free, "
-            f"{needed / 2**20:.0f} MiB needed. Earlier checkpoints are kept; free some space or set save_total_limit"
+            f"{path}: {reason}, {needed / 2**20:.1f} MiB needed. Earlier checkpoints are kept; free some space or set "
+            "save_total_limit"
         ) from error
     return path
+
+
+def disk_full(error: Exception, folder: Path) -> str | None:
+    """Which disk is full and what it has left, where that is what ``error`` says; None for another error.
+
+    A quota and a limit on the size of a file count as well. safetensors reports an I/O error as text.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (match := re.search(r"os error (\d+)", str(error))):
+        number = int(match[1])
+    if number not in _FULL:
+        return None
+    disk = folder.resolve()
+    while not disk.is_mount():
+        disk = disk.parent
+    usage = shutil.disk_usage(folder)
+    return (
+        f"{_FULL[number]} on the disk that holds {folder.resolve()} (mounted at {disk}, {usage.total / 2**20:.1f} MiB)"
+        f": {usage.free} bytes ({usage.free / 2**20:.1f} MiB) free"
+    )
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -30,12 +30,17 @@ _CLOSED_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 # its continuation.
 _FREE_ON_RESUME = {
     "activation_checkpointing",
+    "alarm_clip_fraction",
+    "alarm_length_share",
+    "alarm_repetition",
     "eval_steps",
     "fsdp",
     "log_completions",
     "logging_steps",
     "max_tokens_per_batch",
+    "max_nonfinite_steps",
     "num_sample_prompts",
+    "on_nonfinite",
     "output_dir",
     "packing",
     "report_to",
@@ -131,6 +136,21 @@ class PowerFlowConfig:
     max_steps: int = _opt(-1, "optimizer steps of the run; -1: num_train_epochs decides", ge=-1)
     num_train_epochs: float = _opt(1.0, "passes over the prompts when max_steps is -1", gt=0)
     seed: int = _opt(0, "seed of initialisation, prompt order and sampling", ge=0, lt=2**32)
+
+    # Faults
+    on_nonfinite: Literal["skip", "stop"] = _opt(
+        "skip", "a step whose loss or gradient is NaN or infinite: leave it out, or end the run"
+    )
+    max_nonfinite_steps: int = _opt(5, "steps left out in a row that end the run", ge=1)
+    alarm_length_share: float = _opt(
+        0.25, "warn when completions are shorter than this share of the first steps' length; 0: never", ge=0, lt=1
+    )
+    alarm_repetition: float = _opt(
+        0.5, "warn when more than this share of 4-grams came before in their completion; 1: never", gt=0, le=1
+    )
+    alarm_clip_fraction: float = _opt(
+        0.5, "warn when more than this share of importance ratios is clipped; 1: never", gt=0, le=1
+    )
 
     # Model and memory
     dtype: Literal["auto", "float32", "bfloat16"] = _opt(

@@ -14,6 +14,7 @@ __all__ = [
     "NonFiniteLossError",
     "OutputDirError",
     "PowerFlowError",
+    "RunStopped",
     "SelfCheckError",
 ]
 
@@ -51,9 +52,25 @@ class OutputDirError(PowerFlowError, OSError):
 
 
 class NonFiniteLossError(PowerFlowError, RuntimeError):
-    """The loss or its gradient is NaN or infinite. ``step`` is the optimiser step, ``checkpoint`` the last good one."""
+    """The loss, its gradient or the weights are NaN or infinite.
 
-    def __init__(self, message: str, *, step: int, checkpoint: str | None):
+    ``step`` is the optimiser step, ``metric`` the first of "loss", "grad_norm", "weights" that is not finite, and
+    ``checkpoint`` the last good one.
+    """
+
+    def __init__(self, message: str, *, step: int, metric: str, checkpoint: str | None):
         super().__init__(message)
         self.step = step
+        self.metric = metric
+        self.checkpoint = checkpoint
+
+
+class RunStopped(SystemExit):
+    """SIGTERM ended :func:`train` after its state was saved; ``checkpoint`` is that folder, or None before step 1.
+
+    As a ``SystemExit`` with code 0 it ends a script the way that schedulers expect; catch it to do more.
+    """
+
+    def __init__(self, checkpoint: str | None):
+        super().__init__(0)
         self.checkpoint = checkpoint

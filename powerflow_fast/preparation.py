@@ -13,9 +13,10 @@ from torch import nn
 
 from .attention import attending, packed_attention
 from .config import PowerFlowConfig
+from .data import PromptDataset, check_lengths
 from .errors import ConfigError, ModelError, SelfCheckError
 from .heads import is_peft, unwrap_peft
-from .models import BaseScorer, CausalLMScorer, add_lora, disable_dropout
+from .models import BaseScorer, CausalLMScorer, add_lora, disable_dropout, max_positions
 from .rollout import seeded
 from .self_check import check_packing
 
@@ -35,6 +36,20 @@ def check_arguments(config: Any, eval_fn: Any, callbacks: Any, tokenizer: Any) -
     if tokenizer is not None and not callable(tokenizer):
         raise TypeError(f"train: tokenizer must be a tokenizer object, got {type(tokenizer).__name__}")
     return callbacks
+
+
+def check_prompts(
+    dataset: PromptDataset, tokenizer: Any, model: nn.Module, config: PowerFlowConfig, encode_options: dict[str, Any]
+) -> None:
+    """DataError or ConfigError where a prompt is too long for the config, or for the model with its completion."""
+    longest = check_lengths(dataset, tokenizer, max_prompt_length=config.max_prompt_length, **encode_options)
+    limit = max_positions(model)
+    if limit is not None and longest + config.max_completion_length > limit:
+        raise ConfigError(
+            f"PowerFlowConfig: the longest prompt has {longest} tokens; with max_completion_length="
+            f"{config.max_completion_length} that exceeds the model's {limit} positions; set max_completion_length "
+            f"to at most {limit - longest}"
+        )
 
 
 def prepare_model(model: nn.Module, config: PowerFlowConfig) -> nn.Module:

@@ -68,6 +68,8 @@ class RunState:
     ):
         self.policy, self.optimizer, self.scheduler = policy, optimizer, scheduler
         self.config, self.identity = config, identity
+        self.counters: dict[str, Any] = {}
+        """JSON that the trainer counts with: saved and restored as it is."""
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
@@ -88,6 +90,7 @@ class RunState:
                 "identity": self.identity,
                 "optimizer": optimizer_meta,
                 "scheduler": self.scheduler.state_dict(),
+                "counters": self.counters,
                 "rollouts": [],
             }
             if samples is not None:
@@ -113,6 +116,7 @@ class RunState:
         optimizer_from_tensors(self.optimizer, trained, tensors["optimizer"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         set_rng_state(tensors["rng"])
+        self.counters = state.get("counters", {})
         if not state["rollouts"]:
             return state["step"], None
         prefix = f"{rank}."

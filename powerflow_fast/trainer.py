@@ -9,34 +9,48 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from . import report
-from .checkpoint import checkpoint_step, git_commit, latest_checkpoint, prepare_output_dir
+from .alarms import Alarms
+from .checkpoint import checkpoint_step, disk_full, git_commit, latest_checkpoint, prepare_output_dir
 from .config import PowerFlowConfig
-from .data import PromptDataset, check_lengths, encode_prompt, load_prompts, prompt_indices
-from .errors import ConfigError, ModelError, NonFiniteLossError, OutputDirError
+from .data import PromptDataset, encode_prompt, load_prompts, prompt_indices
+from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
+from .faults import Abandoned, StopRequest, may_skip, non_finite_error
 from .models import (
     CausalLMScorer,
     load_model,
     make_base,
-    max_positions,
     save_model,
     weights_fingerprint,
 )
 from .partition import LogZHead
 from .plots import plot_history
-from .preparation import check_arguments, choose_packing, digest, make_accelerator, prepare_model, prompt_text, seed_of
+from .preparation import (
+    check_arguments,
+    check_prompts,
+    choose_packing,
+    digest,
+    make_accelerator,
+    prepare_model,
+    prompt_text,
+    seed_of,
+)
 from .rewards import FormatFn, format_penalties, resolve_format
 from .rollout import HFGenerateEngine, seeded
+from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
 from .sharding import check_sharding, gathered, shard, whole, whole_number
@@ -111,7 +125,9 @@ def train(
 
     Raises:
         ConfigError, DataError, ModelError, SelfCheckError, OutputDirError, CheckpointError: before the first step.
-        NonFiniteLossError: the loss or its gradient was NaN or infinite; the weights before that step are saved.
+        RunStopped, KeyboardInterrupt: SIGTERM or SIGINT came; the state after the last whole step is saved.
+        NonFiniteLossError: the loss or its gradient was NaN or infinite, with ``on_nonfinite="stop"`` or too many times
+            in a row; the last checkpoint is kept (the state before that step is saved if there is none).
 
     Source: LA-TB, PowerFlow (arXiv 2603.18363).
     """
@@ -145,25 +161,12 @@ class _Run:
             weights_dtype = "float32"
         loaded = load_model(model, tokenizer=tokenizer, dtype=weights_dtype, trust_remote_code=config.trust_remote_code)
         self.tokenizer, self.model_name = loaded.tokenizer, loaded.name
-        self._check_prompts(loaded.model)
+        self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
+        check_prompts(self.dataset, self.tokenizer, loaded.model, config, self._encode_options)
         self.model = prepare_model(loaded.model, config).to(self.accelerator.device)
         self._build()
 
     # Set-up
-
-    def _check_prompts(self, model: nn.Module) -> None:
-        config = self.config
-        self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
-        longest = check_lengths(
-            self.dataset, self.tokenizer, max_prompt_length=config.max_prompt_length, **self._encode_options
-        )
-        limit = max_positions(model)
-        if limit is not None and longest + config.max_completion_length > limit:
-            raise ConfigError(
-                f"PowerFlowConfig: the longest prompt has {longest} tokens; with max_completion_length="
-                f"{config.max_completion_length} that exceeds the model's {limit} positions; set max_completion_length "
-                f"to at most {limit - longest}"
-            )
 
     def _build(self) -> None:
         """Everything that needs the model: base, engine, optimiser, scheduler, check, output folder, resumed state."""
@@ -235,6 +238,10 @@ class _Run:
                 )
         elif config.resume_from_checkpoint:
             logger.warning("no checkpoint in %s yet: the run starts at step 1", config.output_dir)
+        self.saved_step = self.step
+        self.alarms = Alarms(config, warn=self.is_main)
+        if "alarms" in self.state.counters:
+            self.alarms.load_state_dict(self.state.counters["alarms"])
         # A sharded policy is its own wrapper; otherwise accelerate's synchronises several devices.
         self.wrapped = self.policy if config.fsdp else accelerator.prepare(self.policy)
         self.optimizer = accelerator.prepare(optimizer)
@@ -273,16 +280,31 @@ class _Run:
     # The loop
 
     def train(self) -> TrainResult:
+        # A run from the start keeps no rows of one that was killed before its first checkpoint.
+        first = None if self.resume_from is None else self.step
+        self.log = RunLog(self.output_dir, self.config, self.accelerator, total=self.total_steps, first=first)
+        with StopRequest() as self.stop_request:
+            try:
+                before = self._samples_before()
+                self._loop()
+                self._save()
+                self._heed_signals()
+                self._evaluate(record_always=True)
+                self._finish(before)
+                self._heed_signals()
+            except Abandoned:
+                self._stopped()
+            except (OSError, SafetensorError) as error:
+                if isinstance(error, PowerFlowError) or (reason := disk_full(error, self.output_dir)) is None:
+                    raise
+                remedy = "Free some space, then run the same with resume_from_checkpoint=True"
+                raise OutputDirError(f"output_dir {self.output_dir}: {reason}. {remedy}") from error
+            finally:
+                self.log.close()
+        return TrainResult(self.model, self.tokenizer, self.log.history, self.output_dir)
+
+    def _loop(self) -> None:
         config = self.config
-        history_file = self.output_dir / "history.jsonl"
-        # Rows after the resumed step are dropped: those steps are made again.
-        self.history_file = report.HistoryWriter(history_file, resume_step=self.step) if self.is_main else None
-        self.history = report.read_history(history_file) if self.is_main else []
-        progress = report.ProgressLine(self.total_steps, first=self.step) if self.is_main else None
-        completions = self.output_dir / "completions.jsonl"
-        log = self.is_main and self.config.log_completions
-        self.completions_file = report.HistoryWriter(completions, resume_step=self.step) if log else None
-        before = self._samples_before()
         if self.step == 0:
             self._evaluate(record_always=True)
         stop = self.step >= self.total_steps
@@ -292,31 +314,53 @@ class _Run:
         while not stop:
             rollout_number, update = divmod(self.step, config.updates_per_generation)
             timings = {"rollout": 0.0, "score": 0.0}
+            self._heed_signals()
             if update == 0:
-                self.samples = self._rollout(rollout_number, timings)
+                with self._abandonable():
+                    self.samples = self._rollout(rollout_number, timings)
             parts = list(self.samples.split(per_step))
             part = parts[update % len(parts)]
-            # An untrained head starts at the best constant.
-            if self.step == 0 and self.policy.log_z_head is not None:
-                self.policy.log_z_head.warm_start(self.updater.mean_target(part))
+            # An untrained head starts at the best constant; a first step that is skipped leaves it untrained.
+            if self.policy.log_z_head is not None and not self.optimizer.state:
+                self._warm_start(part)
             logged = (self.step + 1) % config.logging_steps == 0 or self.step + 1 == self.total_steps
+            skipped = self.state.counters.get("skipped_steps", 0)
             metrics = self._step(part, on_policy=update == 0, logged=logged, timings=timings)
             self.step += 1
-            if logged:
-                self._record(metrics)
-                if progress:
-                    progress.update({"step": self.step, **metrics})
+            if logged or metrics["skipped_steps"] > skipped:
+                self.log.record(self.step, metrics, progress=True)
             if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.total_steps:
                 self._evaluate()
             step_report = StepReport(self.step, metrics, self.model)
             stop = any([callback(step_report) for callback in self.callbacks]) or self.step >= self.total_steps
             if config.save_steps and self.step % config.save_steps == 0 and not stop:
                 self._save()
-        if progress:
-            progress.close()
-        self._save()
-        self._evaluate(record_always=True)
-        return self._finish(before)
+        self.log.end_progress()
+
+    def _abandonable(self) -> AbstractContextManager[None]:
+        return self.stop_request.abandonable(self.world == 1)
+
+    def _heed_signals(self) -> None:
+        """Leave the loop if any process was asked to; all of them do so before the same step."""
+        asked = self.stop_request.signal is not None
+        if self.world > 1:
+            asked = bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)))
+        if asked:
+            raise Abandoned
+
+    def _stopped(self) -> NoReturn:
+        """Save and say how to go on; a SIGINT then is the KeyboardInterrupt that callers expect."""
+        self.log.end_progress()
+        if self.step > self.saved_step:
+            self._save()
+        name = signal.SIGTERM.name if self.stop_request.signal is None else self.stop_request.signal.name
+        kept = self.output_dir / f"checkpoint-{self.step}" if self.step else None
+        if self.is_main:
+            state = f"step {self.step} of {self.total_steps} is saved in {kept}" if kept else "no step was made yet"
+            logger.warning("%s: %s; to go on, run the same with resume_from_checkpoint=True", name, state)
+        if self.stop_request.signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        raise RunStopped(str(kept) if kept else None)
 
     def _rollout(self, number: int, timings: dict[str, float]) -> Samples:
         """Completions for this device's share of rollout ``number``, scored under p_base and, if needed, the policy."""
@@ -330,84 +374,83 @@ class _Run:
             rollout = self.engine.generate(prompts, seed=seed_of(config.seed, number, self.rank))
         timings["rollout"] = time.perf_counter() - started
         started = time.perf_counter()
+        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         samples = Samples(
             rollout.prompt_ids,
             rollout.completion_ids,
             rollout.finished,
             group_ids=torch.arange(len(indices)).repeat_interleave(k),
-            psi=self._format_penalties(indices, rollout.completion_ids),
+            psi=self._format_penalties(indices, texts),
         ).to(self.accelerator.device)
         samples.base_logps = self.updater.score_base(samples)
         if config.updates_per_generation > 1:
             samples.old_logps = self.updater.policy_sums(samples)
         timings["score"] = time.perf_counter() - started
-        if self.completions_file is not None:
-            self._write_completions(number, indices, rollout)
+        self.log.completions(number, indices, texts)
         return samples
 
-    def _format_penalties(self, indices: list[int], completions: list[list[int]]) -> torch.Tensor:
+    def _format_penalties(self, indices: list[int], texts: list[str]) -> torch.Tensor:
         rows = [self.dataset[i] for i in indices for _ in range(self.config.num_generations)]
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
         prompts, columns = [row.prompt for row in rows], [row.extra for row in rows]
         psi = format_penalties(self.format_fn, prompts, texts, columns, penalty=self.config.format_penalty)
         return torch.tensor(psi, dtype=torch.float32)
 
+    def _warm_start(self, samples: Samples) -> None:
+        constant = self.updater.mean_target(samples)
+        if math.isfinite(constant):  # else the step's gradient is not finite either, and it is dealt with there
+            self.policy.log_z_head.warm_start(constant)
+
     def _step(self, samples: Samples, *, on_policy: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
-        """One optimiser step; raises before the weights change when the gradient is not finite."""
+        """One optimiser step, or none where loss or gradient are not finite."""
         started = time.perf_counter()
         self.wrapped.train()
-        sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
+        with self._abandonable():
+            sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
         max_norm = self.config.max_grad_norm or float("inf")
         grad_norm = whole_number(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
         loss = float(self.accelerator.reduce(sums.loss, reduction="sum"))
-        if not (torch.isfinite(torch.tensor(loss)) and torch.isfinite(torch.tensor(grad_norm))):
-            self._stop_non_finite(loss, grad_norm)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
-        total = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
-        if not math.isfinite(whole_number(total)):
-            self._stop_non_finite(loss, grad_norm)
-        self.scheduler.step()
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        bad = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
+        # Reduced numbers are everyone's, but a wrapper may compute the norm on its own: one that skips makes all skip.
+        if self.accelerator.reduce(torch.tensor(float(bad is not None), device=self.accelerator.device)) > 0:
+            if not may_skip(self.config, self.state.counters):
+                self._stop_non_finite(bad or "grad_norm", metrics)
+            if self.is_main:
+                logger.warning("step %d is skipped: %s is %s", self.step + 1, bad, metrics.get(bad))
+        else:
+            self.optimizer.step()
+            total = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
+            if not math.isfinite(whole_number(total)):
+                self._stop_non_finite("weights", metrics)
+            self.scheduler.step()
+            self.state.counters["skipped_in_a_row"] = 0
         self.optimizer.zero_grad(set_to_none=True)
         timings["update"] = time.perf_counter() - started
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics["skipped_steps"] = self.state.counters.get("skipped_steps", 0)
         if logged:
             metrics |= self.updater.metrics(samples, sums)
+            metrics |= self.alarms.check(self.step + 1, metrics)
+            self.state.counters["alarms"] = self.alarms.state_dict()
         seconds = sum(timings.values())
         tokens = sum(map(len, samples.prompt_ids)) + sum(samples.lengths)
         metrics |= {f"seconds/{name}": value for name, value in timings.items()}
         metrics["tokens_per_second"] = tokens * self.world / seconds
         return metrics
 
-    def _stop_non_finite(self, loss: float, grad_norm: float) -> None:
-        step = self.step + 1
-        finite = all(bool(torch.isfinite(p).all()) for p in whole(dict(self.policy.named_parameters())).values())
-        if finite and self.step > 0:
+    def _stop_non_finite(self, metric: str, metrics: dict[str, float]) -> NoReturn:
+        # Where there is a checkpoint, nothing newer goes over it: the run may have been on its way here for a while.
+        if metric != "weights" and self.step > 0 and self.saved_step == 0:
             self._save()
         kept = latest_checkpoint(self.output_dir)
-        saved = f"the state after step {checkpoint_step(kept)} is in {kept}" if kept else "there is no checkpoint yet"
-        state = "this step did not change the weights" if finite else "its update made the weights non-finite"
-        raise NonFiniteLossError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; {state}, and {saved}. "
-            "Lower learning_rate, or look for prompts or completions that the model gives no finite log-probs",
-            step=step,
-            checkpoint=str(kept) if kept else None,
-        )
+        raise non_finite_error(self.step + 1, metric, metrics, kept, self.state.counters)
 
     # What people see
-
-    def _record(self, metrics: dict[str, float]) -> None:
-        row = {"step": self.step, **metrics}
-        if self.is_main:
-            self.history.append(row)
-            self.history_file.write(row)
-        self.accelerator.log(metrics, step=self.step)
 
     def _evaluate(self, *, record_always: bool = False) -> None:
         if self.eval_fn is None or not (record_always or self.config.eval_steps):
             return
         scores = None
-        with gathered(self.policy), torch.no_grad():
+        with gathered(self.policy), torch.no_grad(), self._abandonable():
             if self.is_main:
                 self.model.eval()
                 scores = self.eval_fn(self.model, self.tokenizer, self.step)
@@ -416,7 +459,7 @@ class _Run:
                 numbers = {f"eval/{name}": float(value) for name, value in scores.items()}
             except (AttributeError, TypeError, ValueError):
                 raise ConfigError(f"eval_fn must return a dict of numbers, got {scores!r}") from None
-            self._record(numbers)
+            self.log.record(self.step, numbers)
         self.accelerator.wait_for_everyone()
 
     def _draw_samples(self, count: int) -> list[report.Sample]:
@@ -443,29 +486,28 @@ class _Run:
             path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
         return samples
 
-    def _write_completions(self, number: int, indices: list[int], rollout: Any) -> None:
-        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-        step = number * self.config.updates_per_generation + 1  # the first that trains on them
-        for j, text in enumerate(texts):
-            index = indices[j // self.config.num_generations]
-            self.completions_file.write({"step": step, "rollout": number, "prompt_index": index, "text": text})
-
     def _save(self) -> None:
         """A checkpoint at the present step; an unfinished rollout goes with it."""
         unfinished = self.step % self.config.updates_per_generation != 0
         self.state.save(self.output_dir, self.step, self.samples if unfinished else None, self.accelerator)
+        self.saved_step = self.step
 
-    def _finish(self, before: list[report.Sample]) -> TrainResult:
+    def _finish(self, before: list[report.Sample]) -> None:
         from accelerate.utils import broadcast_object_list
 
         self.model.eval()
-        steps = [row for row in self.history if "loss" in row]
+        # A skipped step has no finite numbers, or too few of them.
+        needed = ("loss", *_CARD_METRICS)
+        steps = [
+            row
+            for row in self.log.history
+            if all(isinstance(row.get(k), float) and math.isfinite(row[k]) for k in needed)
+        ]
         after = self._draw_samples(broadcast_object_list([len(before)])[0])
         head = self.policy.log_z_head
         head_weights = None if head is None else whole(head.state_dict())
         weights = whole(self.model.state_dict()) if self.config.fsdp else None
         if self.is_main:
-            self.history_file.close()
             save_model(self.model, self.tokenizer, self.output_dir, state_dict=weights)
             if head_weights is not None:
                 save_file(head_weights, self.output_dir / "log_z_head.safetensors")
@@ -487,6 +529,3 @@ class _Run:
                     max_completion_length=self.config.max_completion_length,
                 )
         self.accelerator.wait_for_everyone()
-        for tracker in self.accelerator.trackers:  # end_training would also end the caller's process group
-            tracker.finish()
-        return TrainResult(self.model, self.tokenizer, self.history, self.output_dir)

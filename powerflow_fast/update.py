@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .alarms import repeated_ngrams
 from .attention import attending
 from .config import PowerFlowConfig
 from .models import BaseScorer, CausalLMScorer
@@ -307,6 +308,8 @@ class Updater:
         }
         totals = [value[kept].double().sum() for value in per_sequence.values()]
         totals += [kept.sum().double(), sums.entropy.double().sum(), lengths.sum().double()]
-        *means, count, entropy, tokens = self.accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
+        totals += [lengths.new_tensor(n, dtype=torch.float64) for n in repeated_ngrams(samples.completion_ids)]
+        totals = self.accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
+        *means, count, entropy, tokens, repeated, grams = totals
         metrics = {name: total / max(count, 1) for name, total in zip(per_sequence, means, strict=True)}
-        return metrics | {"entropy": entropy / max(tokens, 1)}
+        return metrics | {"entropy": entropy / max(tokens, 1), "repetition": repeated / max(grams, 1)}

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,10 +167,69 @@ def test_full_disk(tmp_path, monkeypatch, how):
     with pytest.raises(CheckpointError) as error:
         save(tmp_path, 2)
     assert f"no space left on the disk that holds {tmp_path.resolve()}" in str(error.value)
-    assert "MiB free" in str(error.value) and "kept" in str(error.value)
+    assert "MiB) free" in str(error.value) and "kept" in str(error.value)
     assert names(tmp_path) == ["checkpoint-1"] and latest_checkpoint(tmp_path).name == "checkpoint-1"
     monkeypatch.undo()
     save(tmp_path, 2)
+
+
+def test_a_short_file_counts_as_a_full_disk(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    original = checkpoint_module.save_file
+
+    def short(tensors, path, **options):
+        original(tensors, path, **options)
+        os.truncate(path, 10)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", short)
+    with pytest.raises(CheckpointError, match="no space left on the disk"):
+        save(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+_FILL = """
+import os, resource, shutil, sys
+from pathlib import Path
+import torch
+from powerflow_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from powerflow_fast.errors import CheckpointError
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+for step in range(1, 50):
+    tensors = {"model": {"w": torch.full((step * 40_000,), float(step))}}
+    try:
+        save_checkpoint(folder / f"checkpoint-{step}", tensors=tensors, state={"step": step})
+    except CheckpointError as error:
+        message = str(error)
+        break
+newest = latest_checkpoint(folder)
+kept = load_checkpoint(newest)
+assert step > 1 and kept.state == {"step": step - 1} and bool((kept.tensors["model"]["w"] == step - 1).all())
+assert sorted(p.name for p in folder.iterdir()) == sorted(f"checkpoint-{k}" for k in range(1, step))
+print(shutil.disk_usage(folder).free, message)
+"""
+
+
+@pytest.mark.parametrize("how", ["tmpfs", "rlimit"])
+def test_a_really_full_disk(tmp_path, how):
+    """Saves until a small disk (or the limit on a file's size) is full: the last whole checkpoint stays readable."""
+    command = [sys.executable, "-c", _FILL, str(tmp_path), "0" if how == "tmpfs" else "500000"]
+    if how == "tmpfs":
+        # The mount lies in a namespace of its own, which ends with the process.
+        mount = f'mount -t tmpfs -o size=2m none {tmp_path} && exec "$@"'
+        inside = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+        if (
+            not shutil.which("unshare")
+            or subprocess.run([*inside, mount, "sh", "true"], capture_output=True).returncode
+        ):
+            pytest.skip("this machine does not allow a mount of its own")
+        command = [*inside, mount, "sh", *command]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    free, message = done.stdout.split(" ", 1)
+    assert str(tmp_path) in message and f"{free} bytes" in message and "Earlier checkpoints are kept" in message
+    assert (f"mounted at {tmp_path}, 2.0 MiB" if how == "tmpfs" else "limit on the size of a file") in message
 
 
 def test_other_save_errors(tmp_path):

@@ -295,7 +295,13 @@ def test_non_finite_loss_stops_before_the_weights_change(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Updater, "score_base", infinite_later)
     model, seen = tiny_model(), {}
     with pytest.raises(NonFiniteLossError, match=r"step 3: loss (nan|inf).*after step 2 is in") as caught:
-        run(tmp_path, model=model, max_steps=5, callbacks=[lambda report: seen.update(weights(report.model))])
+        run(
+            tmp_path,
+            model=model,
+            max_steps=5,
+            on_nonfinite="stop",
+            callbacks=[lambda report: seen.update(weights(report.model))],
+        )
     assert caught.value.step == 3
     assert same(seen, weights(model))
     kept = load_checkpoint(caught.value.checkpoint)
@@ -317,7 +323,7 @@ def test_non_finite_gradient_keeps_finite_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Updater, "gradient", spoiled)
     model = tiny_model()
     with pytest.raises(NonFiniteLossError, match=r"step 2: .*gradient norm nan.*after step 1 is in") as caught:
-        run(tmp_path, model=model)
+        run(tmp_path, model=model, on_nonfinite="stop")
     kept = load_checkpoint(caught.value.checkpoint)
     assert kept.state["step"] == 1
     assert all(torch.isfinite(p).all() for p in model.parameters())
