@@ -22,8 +22,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A few minutes; benchmarks/run.py makes the published figures.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/pytest benchmarks/bench_la_tb.py benchmarks/bench_logprobs.py benchmarks/bench_loss.py
 
 packaging: $(VENV)/.installed
 	$(BIN)/python tests/packaging/check.py
