@@ -6,7 +6,9 @@ the whole step on all devices, and a group's log Z' always comes from all of its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,10 +18,13 @@ from torch import Tensor, nn
 
 from .alarms import repeated_ngrams
 from .config import PowerFlowConfig
+from .errors import DeviceMemoryError
 from .models import BaseScorer, CausalLMScorer
 from .objectives import la_tb_loss
 from .packing import PaddedBatch, pad_batch, segment_sum
 from .partition import LogZHead, group_log_z
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,6 +108,26 @@ class StepSums(NamedTuple):
     """(N,) per token."""
 
 
+def fitting_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of :class:`Updater` that starts afresh, with micro-batches half as large, where they do not fit.
+
+    They stay small for the rest of the run. What the failed attempt added to ``.grad`` is dropped, so that nothing is
+    counted twice; ``.grad`` must be empty when the method is called.
+    """
+
+    @functools.wraps(method)
+    def repeated(self: Updater, samples: Samples, **options: Any) -> Any:
+        while True:
+            try:
+                return method(self, samples, **options)
+            except torch.OutOfMemoryError as error:
+                cause = str(error).partition("\n")[0]
+            # Out here, where the exception no longer holds the tensors of its frames.
+            self.shrink(cause)
+
+    return repeated
+
+
 class Updater:
     """Scores rollouts and computes the gradient of one step; owns no optimiser and no data.
 
@@ -125,13 +150,47 @@ class Updater:
         self.policy, self.base, self.accelerator = policy, base, accelerator
         self.config, self.alpha, self.pad_id = config, alpha, pad_id
         self.micro_batch_size = config.per_device_train_batch_size
-        # Whole groups in each micro-batch give their own log Z'; otherwise each step scores its sequences first.
-        self.groups_fit = self.micro_batch_size % config.num_generations == 0
         self._ratio = {"clip": config.importance_clip, "importance_level": config.importance_level}
 
+    @property
+    def groups_fit(self) -> bool:
+        """Whole groups in each micro-batch give their own log Z'; otherwise each step scores its sequences first."""
+        return self.micro_batch_size % self.config.num_generations == 0
+
+    def shrink(self, cause: str) -> None:
+        """Halve the micro-batches and empty ``.grad``; :class:`DeviceMemoryError` where that cannot help."""
+        count, prompt, completion = self._tried
+        if count == 1:
+            raise DeviceMemoryError(
+                f"a single sequence of {prompt} prompt and {completion} completion tokens does not fit into the memory "
+                f"of {self.accelerator.device}: {cause}. Lower max_completion_length or max_prompt_length, set "
+                "activation_checkpointing=True or base='cpu', or use_peft=True"
+            )
+        self.micro_batch_size = count // 2
+        if self.accelerator.num_processes > 1:
+            # The others are in the middle of this step and would wait for a part of it that never comes.
+            raise DeviceMemoryError(
+                f"a micro-batch of {count} sequences does not fit into the memory of {self.accelerator.device}: "
+                f"{cause}. Set per_device_train_batch_size={self.micro_batch_size} and gradient_accumulation_steps="
+                f"{-(-self.config.gradient_accumulation_steps * count // self.micro_batch_size)}"
+            )
+        self.policy.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory with micro-batches of %d sequences (%s): the step starts afresh with %d, as will all later "
+            "ones",
+            count,
+            cause,
+            self.micro_batch_size,
+        )
+
     def _batch(self, samples: Samples) -> PaddedBatch:
+        longest = max(range(len(samples)), key=lambda i: len(samples.prompt_ids[i]) + len(samples.completion_ids[i]))
+        self._tried = (len(samples), len(samples.prompt_ids[longest]), len(samples.completion_ids[longest]))
         return pad_batch(samples.prompt_ids, samples.completion_ids, self.pad_id).to(self.accelerator.device)
 
+    @fitting_memory
     def score_base(self, samples: Samples) -> Tensor:
         """(B,) sums of log-probs under p_base."""
         with self.accelerator.autocast():
@@ -141,6 +200,7 @@ class Updater:
             ]
         return torch.cat(parts)
 
+    @fitting_memory
     @torch.no_grad()
     def score_policy(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """(N,) packed log-probs under the policy as it is now, and their (B + 1,) int32 boundaries."""
@@ -163,6 +223,7 @@ class Updater:
         total = self.accelerator.reduce(total, reduction="sum")
         return float(total[0] / total[1].clamp_min(1))
 
+    @fitting_memory
     def gradient(self, samples: Samples, *, on_policy: bool, need_entropy: bool) -> StepSums:
         """Add the step's gradient to ``.grad``; ``samples`` are this device's share of the step, w = 1 if on-policy."""
         config, accelerator = self.config, self.accelerator
