@@ -44,6 +44,7 @@ from .rollout import HFGenerateEngine, seeded
 from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
+from .throughput import Throughput
 from .update import Policy, Samples, Updater
 
 __all__ = ["StepReport", "TrainResult", "train"]
@@ -284,6 +285,9 @@ class _Run:
         if self.step == 0:
             self._evaluate(record_always=True)
         stop = self.step >= self.total_steps
+        cuda = self.accelerator.device.type == "cuda"
+        device_name = torch.cuda.get_device_name(self.accelerator.device) if cuda else "cpu"
+        self.throughput = Throughput(self.policy.scorer, device_name, self.world)
         if stop:
             logger.warning("nothing to do: the checkpoint is at step %d of %d", self.step, self.total_steps)
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -303,6 +307,8 @@ class _Run:
             skipped = self.state.counters.get("skipped_steps", 0)
             metrics = self._step(part, on_policy=update == 0, logged=logged, timings=timings)
             self.step += 1
+            if logged:
+                metrics |= self.throughput.metrics()
             if logged or metrics["skipped_steps"] > skipped:
                 self.log.record(self.step, metrics, progress=True)
             if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.total_steps:
@@ -406,10 +412,8 @@ class _Run:
             metrics |= self.updater.metrics(samples, sums)
             metrics |= self.alarms.check(self.step + 1, metrics)
             self.state.counters["alarms"] = self.alarms.state_dict()
-        seconds = sum(timings.values())
-        tokens = sum(map(len, samples.prompt_ids)) + sum(samples.lengths)
+        self.throughput.add(timings, sum(map(len, samples.prompt_ids)), sum(samples.lengths))
         metrics |= {f"seconds/{name}": value for name, value in timings.items()}
-        metrics["tokens_per_second"] = tokens * self.world / seconds
         return metrics
 
     def _stop_non_finite(self, metric: str, metrics: dict[str, float]) -> NoReturn:
