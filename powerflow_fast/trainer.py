@@ -29,6 +29,7 @@ from .config import PowerFlowConfig
 from .data import PromptDataset, encode_prompt, load_prompts, prompt_indices
 from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
 from .faults import Abandoned, StopRequest, may_skip, non_finite_error
+from .liger import apply_liger
 from .models import (
     CausalLMScorer,
     load_model,
@@ -36,6 +37,7 @@ from .models import (
     save_model,
     weights_fingerprint,
 )
+from .optim import make_optimizer
 from .partition import LogZHead
 from .plots import plot_history
 from .preparation import check_arguments, check_prompts, digest, make_accelerator, prepare_model, prompt_text, seed_of
@@ -153,7 +155,12 @@ class _Run:
         self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
         check_prompts(self.dataset, self.tokenizer, loaded.model, config, self._encode_options)
         self.model = prepare_model(loaded.model, config).to(self.accelerator.device)
-        self._build()
+        self.unpatch = lambda: None
+        try:
+            self._build()
+        except BaseException:
+            self.unpatch()
+            raise
 
     # Set-up
 
@@ -164,6 +171,8 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         # Before anything is loaded over the weights: p_base is the model as it was given.
         self.base = make_base(self.model, config.base)
+        on_device = [self.model] if self.base.mode == "cpu" else [self.model, self.base.scorer.model]
+        self.unpatch = apply_liger(on_device, config.use_liger_kernel, accelerator.device)
         scorer = CausalLMScorer(self.model)
         head = None
         if config.log_z == "learned":
@@ -180,15 +189,7 @@ class _Run:
             autocast=accelerator.autocast,
         )
         trained = [p for p in scorer.parameters() if p.requires_grad]
-        groups = [{"params": trained, "lr": config.learning_rate, "weight_decay": config.weight_decay}]
-        if head is not None:
-            groups.append({"params": list(head.parameters()), "lr": config.log_z_learning_rate, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(
-            groups,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=accelerator.device.type == "cuda",
-        )
+        optimizer = make_optimizer(trained, head, config, accelerator.device)
         self.scheduler = get_scheduler(
             config.lr_scheduler_type,
             optimizer,
@@ -277,6 +278,7 @@ class _Run:
                 remedy = "Free some space, then run the same with resume_from_checkpoint=True"
                 raise OutputDirError(f"output_dir {self.output_dir}: {reason}. {remedy}") from error
             finally:
+                self.unpatch()
                 self.log.close()
         return TrainResult(self.model, self.tokenizer, self.log.history, self.output_dir)
 
