@@ -117,6 +117,9 @@ class PowerFlowConfig:
     )
     warmup_steps: int = _opt(0, "optimizer steps of linear warm-up", ge=0)
     weight_decay: float = _opt(0.0, "AdamW weight decay of the policy (the log Z' head has none)", ge=0)
+    optim: Literal[
+        "auto", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+    ] = _opt("auto", "optimizer; auto: AdamW of torch, fused on CUDA; 8-bit and paged ones need bitsandbytes")
     adam_beta1: float = _opt(0.9, "AdamW beta1", ge=0, lt=1)
     adam_beta2: float = _opt(0.999, "AdamW beta2", ge=0, lt=1)
     adam_epsilon: float = _opt(1e-8, "AdamW epsilon", gt=0)
@@ -138,19 +141,11 @@ class PowerFlowConfig:
     seed: int = _opt(0, "seed of initialisation, prompt order and sampling", ge=0, lt=2**32)
 
     # Faults
-    on_nonfinite: Literal["skip", "stop"] = _opt(
-        "skip", "a step whose loss or gradient is NaN or infinite: leave it out, or end the run"
-    )
-    max_nonfinite_steps: int = _opt(5, "steps left out in a row that end the run", ge=1)
-    alarm_length_share: float = _opt(
-        0.25, "warn when completions are shorter than this share of the first steps' length; 0: never", ge=0, lt=1
-    )
-    alarm_repetition: float = _opt(
-        0.5, "warn when more than this share of 4-grams came before in their completion; 1: never", gt=0, le=1
-    )
-    alarm_clip_fraction: float = _opt(
-        0.5, "warn when more than this share of importance ratios is clipped; 1: never", gt=0, le=1
-    )
+    on_nonfinite: Literal["skip", "stop"] = _opt("skip", "a step whose loss or gradient is not finite: skip it, or end")
+    max_nonfinite_steps: int = _opt(5, "steps skipped in a row that end the run", ge=1)
+    alarm_length_share: float = _opt(0.25, "warn when lengths fall below this share of the first steps'", ge=0, lt=1)
+    alarm_repetition: float = _opt(0.5, "warn when more 4-grams repeat within completions; 1: never", gt=0, le=1)
+    alarm_clip_fraction: float = _opt(0.5, "warn when more importance ratios are clipped; 1: never", gt=0, le=1)
 
     # Model and memory
     dtype: Literal["auto", "float32", "bfloat16"] = _opt(
@@ -166,6 +161,9 @@ class PowerFlowConfig:
     )
     activation_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
     fsdp: bool = _opt(False, "shard weights, gradients and optimiser state over the processes (FSDP2)")
+    use_liger_kernel: Literal["auto", "on", "off"] = _opt(
+        "off", "Liger's RMSNorm, RoPE and SwiGLU on policy and base; auto: on CUDA where liger-kernel has them"
+    )
     base: Literal["auto", "adapter_off", "copy", "cpu"] = _opt(
         "auto", "where p_base comes from: the model with its adapter off, a frozen copy, or a frozen copy in CPU memory"
     )

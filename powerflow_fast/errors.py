@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeviceMemoryError",
     "ModelError",
     "NonFiniteLossError",
     "OutputDirError",
@@ -45,6 +46,10 @@ class BackendUnavailableError(PowerFlowError, RuntimeError):
 
 class CheckpointError(PowerFlowError, RuntimeError):
     """A checkpoint is unreadable, incomplete, or belongs to a run with another configuration."""
+
+
+class DeviceMemoryError(PowerFlowError, RuntimeError):
+    """The device's memory does not hold even one sequence, or a micro-batch that cannot be repeated."""
 
 
 class OutputDirError(PowerFlowError, OSError):

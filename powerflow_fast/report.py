@@ -41,7 +41,11 @@ METRICS = {
     "log_z": "mean log Z', nats/token",
     "entropy": "mean entropy of the policy's next-token distribution, nats",
     "length": "mean completion length, tokens",
-    "tokens_per_second": "completion tokens sampled and trained on per second",
+    "tokens_per_second": "prompt and completion tokens trained on per second of the whole run, over all devices",
+    "share/rollout": "share of the time that went into sampling",
+    "share/score": "share of the time that went into scores under p_base and the old policy",
+    "share/update": "share of the time that went into gradients and the optimizer",
+    "mfu": "model FLOP of the update per second of it, over the device's dense bf16 peak",
 }
 
 
@@ -76,9 +80,13 @@ class ProgressLine:
             ("log_z", "log Z'", ".3f"),
             ("length", "length", ".1f"),
             ("tokens_per_second", "tok/s", ".0f"),
+            ("mfu", "MFU", ".0%"),
         ):
             if metrics.get(name) is not None:
                 parts.append(f"{label} {metrics[name]:{spec}}")
+        if "share/update" in metrics:
+            shares = "/".join(f"{100 * metrics[f'share/{name}']:.0f}" for name in ("rollout", "score", "update"))
+            parts.append(f"roll/score/upd {shares}%")
         line = " | ".join([*parts, f"ETA {eta}" if left > 0 else _duration(now - self._started)])
         if self.live:
             width = shutil.get_terminal_size().columns - 1

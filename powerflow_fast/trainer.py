@@ -29,6 +29,7 @@ from .config import PowerFlowConfig
 from .data import PromptDataset, encode_prompt, load_prompts, prompt_indices
 from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
 from .faults import Abandoned, StopRequest, may_skip, non_finite_error
+from .liger import apply_liger
 from .models import (
     CausalLMScorer,
     load_model,
@@ -36,6 +37,7 @@ from .models import (
     save_model,
     weights_fingerprint,
 )
+from .optim import make_optimizer
 from .partition import LogZHead
 from .plots import plot_history
 from .preparation import (
@@ -54,6 +56,7 @@ from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
 from .sharding import check_sharding, gathered, shard, whole, whole_number
+from .throughput import Throughput
 from .update import Policy, Samples, Updater
 
 __all__ = ["StepReport", "TrainResult", "train"]
@@ -164,7 +167,12 @@ class _Run:
         self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
         check_prompts(self.dataset, self.tokenizer, loaded.model, config, self._encode_options)
         self.model = prepare_model(loaded.model, config).to(self.accelerator.device)
-        self._build()
+        self.unpatch = lambda: None
+        try:
+            self._build()
+        except BaseException:
+            self.unpatch()
+            raise
 
     # Set-up
 
@@ -175,6 +183,8 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         # Before anything is loaded over the weights: p_base is the model as it was given.
         self.base = make_base(self.model, config.base)
+        on_device = [self.model] if self.base.mode == "cpu" else [self.model, self.base.scorer.model]
+        self.unpatch = apply_liger(on_device, config.use_liger_kernel, accelerator.device)
         scorer = CausalLMScorer(self.model)
         head = None
         if config.log_z == "learned":
@@ -204,15 +214,7 @@ class _Run:
         if config.fsdp:
             shard(self.policy, self.model, accelerator.device)
         trained = [p for p in scorer.parameters() if p.requires_grad]
-        groups = [{"params": trained, "lr": config.learning_rate, "weight_decay": config.weight_decay}]
-        if head is not None:
-            groups.append({"params": list(head.parameters()), "lr": config.log_z_learning_rate, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(
-            groups,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=accelerator.device.type == "cuda",
-        )
+        optimizer = make_optimizer(trained, head, config, accelerator.device)
         self.scheduler = get_scheduler(
             config.lr_scheduler_type,
             optimizer,
@@ -300,6 +302,7 @@ class _Run:
                 remedy = "Free some space, then run the same with resume_from_checkpoint=True"
                 raise OutputDirError(f"output_dir {self.output_dir}: {reason}. {remedy}") from error
             finally:
+                self.unpatch()
                 self.log.close()
         return TrainResult(self.model, self.tokenizer, self.log.history, self.output_dir)
 
@@ -308,6 +311,9 @@ class _Run:
         if self.step == 0:
             self._evaluate(record_always=True)
         stop = self.step >= self.total_steps
+        cuda = self.accelerator.device.type == "cuda"
+        device_name = torch.cuda.get_device_name(self.accelerator.device) if cuda else "cpu"
+        self.throughput = Throughput(self.policy.scorer, device_name, self.world)
         if stop:
             logger.warning("nothing to do: the checkpoint is at step %d of %d", self.step, self.total_steps)
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -327,6 +333,8 @@ class _Run:
             skipped = self.state.counters.get("skipped_steps", 0)
             metrics = self._step(part, on_policy=update == 0, logged=logged, timings=timings)
             self.step += 1
+            if logged:
+                metrics |= self.throughput.metrics()
             if logged or metrics["skipped_steps"] > skipped:
                 self.log.record(self.step, metrics, progress=True)
             if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.total_steps:
@@ -431,10 +439,8 @@ class _Run:
             metrics |= self.updater.metrics(samples, sums)
             metrics |= self.alarms.check(self.step + 1, metrics)
             self.state.counters["alarms"] = self.alarms.state_dict()
-        seconds = sum(timings.values())
-        tokens = sum(map(len, samples.prompt_ids)) + sum(samples.lengths)
+        self.throughput.add(timings, sum(map(len, samples.prompt_ids)), sum(samples.lengths))
         metrics |= {f"seconds/{name}": value for name, value in timings.items()}
-        metrics["tokens_per_second"] = tokens * self.world / seconds
         return metrics
 
     def _stop_non_finite(self, metric: str, metrics: dict[str, float]) -> NoReturn:

@@ -6,8 +6,9 @@ the whole step on all devices, and a group's log Z' always comes from all of its
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .alarms import repeated_ngrams
 from .attention import attending
 from .config import PowerFlowConfig
+from .errors import DeviceMemoryError
 from .models import BaseScorer, CausalLMScorer
 from .objectives import la_tb_loss
 from .packing import Batch, pack_batch, pad_batch, segment_sum, token_batches
@@ -114,6 +116,26 @@ class StepSums(NamedTuple):
     """(N,) per token."""
 
 
+def fitting_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of :class:`Updater` that starts afresh, with micro-batches half as large, where they do not fit.
+
+    They stay small for the rest of the run. What the failed attempt added to ``.grad`` is dropped, so that nothing is
+    counted twice; ``.grad`` must be empty when the method is called.
+    """
+
+    @functools.wraps(method)
+    def repeated(self: Updater, samples: Samples, **options: Any) -> Any:
+        while True:
+            try:
+                return method(self, samples, **options)
+            except torch.OutOfMemoryError as error:
+                cause = str(error).partition("\n")[0]
+            # Out here, where the exception no longer holds the tensors of its frames.
+            self.shrink(cause)
+
+    return repeated
+
+
 class Updater:
     """Scores rollouts and computes the gradient of one step; owns no optimiser and no data.
 
@@ -137,7 +159,7 @@ class Updater:
     ):
         self.policy, self.base, self.accelerator = policy, base, accelerator
         self.config, self.alpha, self.pad_id, self.packing = config, alpha, pad_id, packing
-        self.max_tokens = config.max_tokens_per_batch
+        self.micro_batch_size, self.max_tokens = config.per_device_train_batch_size, config.max_tokens_per_batch
         self._ratio = {"clip": config.importance_clip, "importance_level": config.importance_level}
         self._warned = False
 
@@ -149,7 +171,7 @@ class Updater:
         A sharded model gathers its weights in each forward, on all devices at once.
         """
         if self.max_tokens is None:
-            return _runs(len(samples), self.config.per_device_train_batch_size)
+            return _runs(len(samples), self.micro_batch_size)
         units = _runs(len(samples), self.config.num_generations if whole_groups else 1)
         sizes = self._tokens(samples, units)
         if not self._warned and not whole_groups and max(sizes) > self.max_tokens:
@@ -176,7 +198,7 @@ class Updater:
         """Whether micro-batches can hold whole groups, which give their own log Z'; the same on all devices."""
         k = self.config.num_generations
         if self.max_tokens is None:
-            return self.config.per_device_train_batch_size % k == 0
+            return self.micro_batch_size % k == 0
         return self._most(max(self._tokens(samples, _runs(len(samples), k)))) <= self.max_tokens
 
     def _most(self, number: int) -> int:
@@ -188,7 +210,40 @@ class Updater:
     def _batch(self, samples: Samples, part: Sequence[int]) -> Batch:
         ids = [samples.prompt_ids[i] for i in part], [samples.completion_ids[i] for i in part]
         batch = pack_batch(*ids) if self.packing else pad_batch(*ids, self.pad_id)
+        self._tried = len(part), batch.input_ids.numel(), [len(rows[-1]) for rows in ids]
         return batch.to(self.accelerator.device)
+
+    def shrink(self, cause: str) -> None:
+        """Halve the micro-batches and empty ``.grad``; :class:`DeviceMemoryError` where that cannot help."""
+        count, tokens, (prompt, completion) = self._tried
+        where = f"does not fit into the memory of {self.accelerator.device}: {cause}."
+        if count == 1:
+            raise DeviceMemoryError(
+                f"a single sequence of {prompt} prompt and {completion} completion tokens {where} Lower "
+                "max_completion_length or max_prompt_length, set activation_checkpointing=True or base='cpu', or "
+                "use_peft=True"
+            )
+        if self.max_tokens is None:
+            self.micro_batch_size = count // 2
+            accumulation = -(-self.config.gradient_accumulation_steps * count // self.micro_batch_size)
+            remedy = f"per_device_train_batch_size={self.micro_batch_size}, gradient_accumulation_steps={accumulation}"
+        else:
+            self.max_tokens = tokens // 2
+            remedy = f"max_tokens_per_batch={self.max_tokens}"
+        if self.accelerator.num_processes > 1:
+            # The others are in the middle of this step and would wait for a part of it that never comes.
+            raise DeviceMemoryError(f"a micro-batch of {count} sequences, {tokens} tokens, {where} Set {remedy}")
+        self.policy.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory with micro-batches of %d sequences, %d tokens (%s): the step starts afresh with %s, as will "
+            "all later ones",
+            count,
+            tokens,
+            cause,
+            remedy,
+        )
 
     def _attention(self) -> AbstractContextManager[None]:
         """Around forward and backward passes: a checkpointed layer is run again in the latter."""
@@ -198,6 +253,7 @@ class Updater:
 
     # Scores and the gradient
 
+    @fitting_memory
     def score_base(self, samples: Samples) -> Tensor:
         """(B,) sums of log-probs under p_base."""
         parts = self._micro_batches(samples)
@@ -205,6 +261,7 @@ class Updater:
             sums = [self.base.score(self._batch(samples, p), temperature=self.config.temperature) for p in parts]
         return _in_order(sums, parts)
 
+    @fitting_memory
     @torch.no_grad()
     def score_policy(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """(N,) packed log-probs under the policy as it is now, and their (B + 1,) int32 boundaries."""
@@ -228,6 +285,7 @@ class Updater:
         total = self.accelerator.reduce(total, reduction="sum")
         return float(total[0] / total[1].clamp_min(1))
 
+    @fitting_memory
     def gradient(self, samples: Samples, *, on_policy: bool, need_entropy: bool) -> StepSums:
         """Add the step's gradient to ``.grad``; ``samples`` are this device's share of the step, w = 1 if on-policy."""
         config, accelerator = self.config, self.accelerator

@@ -55,7 +55,7 @@ def test_resumed_run_is_bit_equal(tmp_path, options, log_z):
     assert same(weights(resumed.model), weights(whole.model))
     head = [tmp_path / name / "log_z_head.safetensors" for name in ("whole", "cut")]
     assert log_z == "group" or same(*map(load_file, head))
-    timed = {"tokens_per_second"} | {f"seconds/{k}" for k in ("rollout", "score", "update")}
+    timed = {"tokens_per_second"} | {f"{a}/{b}" for a in ("seconds", "share") for b in ("rollout", "score", "update")}
 
     def numbers(result):
         return [{k: v for k, v in row.items() if k not in timed} for row in result.history]
