@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from .attention import break_even
 from .errors import SelfCheckError
 from .heads import evaluating, head_inputs, unwrap_peft
 from .models import CausalLMScorer, pad_token_id
@@ -113,35 +114,41 @@ def check_packing(
         return logps.detach(), torch.autograd.grad(logps.sum(), trained, materialize_grads=True) if trained else ()
 
     lm = unwrap_peft(scorer.model)
-    failure = f"check_packing: {type(lm).__name__} with {lm.config._attn_implementation} attention cannot be packed"
+    attention = lm.config._attn_implementation
+    failure = f"check_packing: {type(lm).__name__} with {attention} attention cannot be packed"
     with evaluating(scorer.model), torch.enable_grad():
         scorer.model.train()
         want, gradient = scored([pad_batch([p], [c], 0) for p, c in zip(*halves, strict=True)])
-        packed = pack_batch(*halves)
+        # Rows of both kinds that training may make: see pack_batch.
+        kinds = [None] if break_even(scorer.model, attention) is None else [None, 0.0]
         try:
-            got, packed_gradient = scored([packed])
+            packed = [(batch := pack_batch(*halves, break_even=kind), *scored([batch])) for kind in kinds]
         except Exception as error:  # each model says in its own way that it cannot take position ids
             raise SelfCheckError(f"{failure}: it raises {type(error).__name__}: {error}") from error
         with torch.no_grad(), autocast():
             logits = _model_logits(scorer.model, prompts[0])
-    tolerance = _tolerance(logits)
-    if not _close(got, want, tolerance):
-        first = slice(0, int(packed.cu_seqlens[1]))
-        cause = "Even the first of them is wrong: position ids mean something else to this model"
-        if _close(got[first], want[first], tolerance):
-            cause = (
-                "Only the first of them is right: the others see what lies before them in the row, by an attention "
-                "mask or a recurrent state of the model's own"
+    for batch, got, packed_gradient in packed:
+        tolerance = _tolerance(logits)
+        if not _close(got, want, tolerance):
+            cause = "Even the first of a row is wrong: position ids mean something else to this model"
+            begins = batch.prompt_positions[batch.prompt_lengths.cumsum(0) - batch.prompt_lengths]
+            firsts = begins % batch.input_ids.shape[1] == 0
+            firsts = firsts.repeat_interleave(batch.completion_lengths).to(device)
+            if _close(got[firsts], want[firsts], tolerance):
+                cause = (
+                    "Only the first of a row is right: the others see what lies before them, by an attention mask or "
+                    "a recurrent state of the model's own"
+                )
+            difference = _difference(got, want, tolerance, "a forward of its own", "the packed forward")
+            raise SelfCheckError(f"{failure}: {difference}. {cause}")
+        norm, tolerance = float(get_total_norm(gradient)), _GRADIENT_TOLERANCE.get(logits.dtype, 1e-2)
+        gap = float(get_total_norm([a - b for a, b in zip(gradient, packed_gradient, strict=True)]))
+        if not gap <= tolerance * norm:  # also where either is NaN
+            raise SelfCheckError(
+                f"{failure}: its log-probs are right, but their gradient, of norm {norm:.4g}, is off by {gap:.4g} "
+                f"(tolerance {tolerance * norm:.2g}): the backward pass of its attention or state is wrong for packed "
+                "rows"
             )
-        difference = _difference(got, want, tolerance, "a forward of its own", "the packed forward")
-        raise SelfCheckError(f"{failure}: {difference}. {cause}")
-    norm, tolerance = float(get_total_norm(gradient)), _GRADIENT_TOLERANCE.get(logits.dtype, 1e-2)
-    gap = float(get_total_norm([a - b for a, b in zip(gradient, packed_gradient, strict=True)]))
-    if not gap <= tolerance * norm:  # also where either is NaN
-        raise SelfCheckError(
-            f"{failure}: its log-probs are right, but their gradient, of norm {norm:.4g}, is off by {gap:.4g} "
-            f"(tolerance {tolerance * norm:.2g}): the backward pass of its attention or state is wrong for packed rows"
-        )
 
 
 def _few(name: str, sample_prompts_ids: Sequence[Sequence[int]]) -> list[list[int]]:

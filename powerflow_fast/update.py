@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import attending
+from .attention import attending, break_even
 from .config import PowerFlowConfig
 from .models import BaseScorer, CausalLMScorer
 from .objectives import la_tb_loss
@@ -135,6 +135,7 @@ class Updater:
     ):
         self.policy, self.base, self.accelerator = policy, base, accelerator
         self.config, self.alpha, self.pad_id, self.packing = config, alpha, pad_id, packing
+        self._break_even = break_even(base.scorer.model, packing) if packing else None
         self.max_tokens = config.max_tokens_per_batch
         self._ratio = {"clip": config.importance_clip, "importance_level": config.importance_level}
         self._warned = False
@@ -185,7 +186,10 @@ class Updater:
 
     def _batch(self, samples: Samples, part: Sequence[int]) -> Batch:
         ids = [samples.prompt_ids[i] for i in part], [samples.completion_ids[i] for i in part]
-        batch = pack_batch(*ids) if self.packing else pad_batch(*ids, self.pad_id)
+        if self.packing:
+            batch = pack_batch(*ids, break_even=self._break_even, max_tokens=self.max_tokens)
+        else:
+            batch = pad_batch(*ids, self.pad_id)
         return batch.to(self.accelerator.device)
 
     def _attention(self) -> AbstractContextManager[None]:

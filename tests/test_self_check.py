@@ -204,9 +204,9 @@ def packed_layer(change):
     ("arch", "broken", "cause"),
     [
         ("opt", lambda model: model, "OPTForCausalLM with sdpa attention cannot be packed: .*Only the first"),
-        ("llama", own_mask, "LlamaForCausalLM .*Only the first of them is right"),
-        ("llama", own_cache, "Only the first of them is right"),
-        ("gpt2", shifted_positions, "Even the first of them is wrong: position ids"),
+        ("llama", own_mask, "LlamaForCausalLM .*Only the first of a row is right"),
+        ("llama", own_cache, "Only the first of a row is right"),
+        ("gpt2", shifted_positions, "Even the first of a row is wrong: position ids"),
         ("llama", no_positions, "raises TypeError: .*position_ids"),
         ("llama", packed_layer(lambda x: x.detach()), "log-probs are right, but their gradient"),
         ("llama", packed_layer(lambda x: x + 0.5 * (x - x.detach())), "log-probs are right, but their gradient"),
