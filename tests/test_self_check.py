@@ -221,6 +221,11 @@ def test_packing_that_is_broken_is_refused(arch, broken, cause):
         check_packing(CausalLMScorer(model), temperature=0.9, sample_prompts_ids=PROMPTS)
 
 
+def test_a_leak_between_prompts_that_are_all_alike_is_caught():
+    with pytest.raises(SelfCheckError, match="Only the first of a row is right"):
+        check_packing(CausalLMScorer(own_mask(tiny_model())), temperature=0.9, sample_prompts_ids=[[5]] * 4)
+
+
 def test_a_recurrent_state_is_caught():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "vocab_size": VOCAB}
