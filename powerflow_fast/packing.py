@@ -7,6 +7,7 @@ tokens of all sequences lie one after the other, and sequence ``b`` owns ``[cu_s
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -145,12 +146,12 @@ def _cheapest_rows(lengths: list[int], break_even: float, max_tokens: int | None
 def _balanced(lengths: Sequence[int], count: int) -> tuple[list[list[int]], list[int]]:
     """Indices of ``lengths`` in ``count`` parts of about equal sums, and the sums: the longest to the emptiest."""
     parts: list[list[int]] = [[] for _ in range(count)]
-    sums = [0] * count
+    heap = [(0, number) for number in range(count)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        emptiest = sums.index(min(sums))
+        total, emptiest = heap[0]
         parts[emptiest].append(i)
-        sums[emptiest] += lengths[i]
-    return parts, sums
+        heapq.heapreplace(heap, (total + lengths[i], emptiest))
+    return parts, [total for total, _ in sorted(heap, key=lambda entry: entry[1])]
 
 
 def _ragged(
