@@ -1,7 +1,7 @@
 """Which attention a packed row goes through, and switching a model to it for a while.
 
 flash-attn attends within each sequence of a packed row. Without it transformers builds the block-diagonal mask of the
-whole row: the same numbers, at a cost that grows with the square of the row's length.
+whole row: the same numbers, at a cost that grows with the square of the row's length, so rows are kept shorter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from .heads import unwrap_peft
 
-__all__ = ["attending", "packed_attention"]
+__all__ = ["attending", "break_even", "packed_attention"]
 
 
 def packed_attention(model: nn.Module, *, autocast: torch.dtype | None = None) -> str:
@@ -34,6 +34,20 @@ def packed_attention(model: nn.Module, *, autocast: torch.dtype | None = None) -
         if available():
             return f"flash_attention_{version}"
     return own
+
+
+def break_even(model: nn.Module, attention: str) -> float | None:
+    """Row length at which ``attention`` costs as much as the products with the weights; None: it costs no more.
+
+    By FLOP: 2 per token and weight of the layers, 4 per pair of tokens, layer and hidden unit.
+    """
+    if attention.startswith("flash"):
+        return None
+    lm = unwrap_peft(model)
+    outside = {id(m.weight) for m in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    weights = sum(p.numel() for p in lm.parameters() if p.ndim > 1 and id(p) not in outside)
+    config = lm.config.get_text_config()
+    return weights / (2 * config.num_hidden_layers * config.hidden_size)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Ragged prompts and completions to one batch of a model, padded or packed, and the packed view of its completions.
 
-A model runs on ``(B, T)`` rows of prompt + completion, padded on the right, or on one ``(1, T)`` row in which the
-sequences lie end to end and the position ids restart at each. Everything after it is packed: the ``N`` completion
+A model runs on ``(B, T)`` rows of prompt + completion, padded on the right, or on fewer rows in which the sequences
+lie end to end and the position ids restart at each. Everything after it is packed: the ``N`` completion
 tokens of all sequences lie one after the other, and sequence ``b`` owns ``[cu_seqlens[b], cu_seqlens[b + 1])``.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -28,7 +29,7 @@ class Batch:
     """
 
     input_ids: Tensor
-    """(B, T) or (1, T) int64, prompt then completion of each sequence."""
+    """(R, T) int64 rows, prompt then completion of each sequence; R = B where they are padded."""
     prompt_lengths: Tensor
     """(B,) int64, at least 1."""
     completion_lengths: Tensor
@@ -67,10 +68,10 @@ class PaddedBatch(Batch):
 
 @dataclass(frozen=True)
 class PackedBatch(Batch):
-    """One row (1, T) without padding; made by :func:`pack_batch`."""
+    """Rows (R, T) of several sequences each, one row as a rule; made by :func:`pack_batch`."""
 
     position_ids: Tensor
-    """(1, T) int64, from 0 in each sequence: where they restart, transformers lets attention begin anew.
+    """(R, T) int64, from 0 in each sequence: where they restart, transformers lets attention begin anew.
 
     It does so without an attention mask and without a key-value cache only; with either, tokens would silently see
     the sequences before theirs.
@@ -94,16 +95,63 @@ def pad_batch(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequ
     return PaddedBatch(**_indices(input_ids, starts, prompts, completions), attention_mask=mask.long())
 
 
-def pack_batch(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> PackedBatch:
+def pack_batch(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    break_even: float | None = None,
+    max_tokens: int | None = None,
+) -> PackedBatch:
     """``prompt_ids[b] + completion_ids[b]`` for all b end to end in one row. A completion may be empty.
+
+    Attention that computes a row's whole square wants several shorter rows, which may leave gaps. For it,
+    ``break_even`` is the row length at which attention costs as much as all else: of R balanced rows of T tokens,
+    those of least cost R·T·(T + break_even) are taken, with R·T at most ``max_tokens`` unless R is 1.
 
     Raises ValueError as :func:`pad_batch` does.
     """
     prompts, completions, tokens = _ragged("pack_batch", prompt_ids, completion_ids)
     lengths = prompts + completions
-    starts = lengths.cumsum(0) - lengths
-    position_ids = torch.arange(len(tokens)) - starts.repeat_interleave(lengths)
-    return PackedBatch(**_indices(tokens[None], starts, prompts, completions), position_ids=position_ids[None])
+    rows = [list(range(len(lengths)))]
+    if break_even is not None:
+        rows = _cheapest_rows(lengths.tolist(), break_even, max_tokens)
+    width = max(int(lengths[row].sum()) for row in rows)
+    starts = torch.empty_like(lengths)
+    for number, row in enumerate(rows):
+        starts[row] = number * width + lengths[row].cumsum(0) - lengths[row]
+    # A gap is tokens 0 at position 0: each a sequence of its own, which nothing sees.
+    input_ids, position_ids = torch.zeros(2, len(rows) * width, dtype=torch.int64)
+    places = _places(starts, lengths)
+    input_ids[places] = tokens
+    position_ids[places] = places - starts.repeat_interleave(lengths)
+    shape = (len(rows), width)
+    indices = _indices(input_ids.view(shape), starts, prompts, completions)
+    return PackedBatch(**indices, position_ids=position_ids.view(shape))
+
+
+def _cheapest_rows(lengths: list[int], break_even: float, max_tokens: int | None) -> list[list[int]]:
+    """Sequences of each row; see :func:`pack_batch`."""
+    best, least = [], float("inf")
+    for count in range(1, len(lengths) + 1):
+        rows, sums = _balanced(lengths, count)
+        width = max(sums)
+        cost = count * width * (width + break_even)
+        if cost < least and (count == 1 or max_tokens is None or count * width <= max_tokens):
+            best, least = rows, cost
+        if width == max(lengths):  # more rows would only be emptier
+            break
+    return best
+
+
+def _balanced(lengths: Sequence[int], count: int) -> tuple[list[list[int]], list[int]]:
+    """Indices of ``lengths`` in ``count`` parts of about equal sums, and the sums: the longest to the emptiest."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total, emptiest = heap[0]
+        parts[emptiest].append(i)
+        heapq.heapreplace(heap, (total + lengths[i], emptiest))
+    return parts, [total for total, _ in sorted(heap, key=lambda entry: entry[1])]
 
 
 def _ragged(
@@ -125,22 +173,22 @@ def _ragged(
 
 def _indices(input_ids: Tensor, starts: Tensor, prompts: Tensor, completions: Tensor) -> dict[str, Any]:
     """The fields of :class:`Batch`; sequence b begins at ``starts[b]`` of the flattened rows."""
-
-    def places(first: Tensor, lengths: Tensor) -> Tensor:
-        """(sum of lengths,) ``first[b], first[b] + 1, ...`` for each b."""
-        offset = first - (lengths.cumsum(0) - lengths)
-        return offset.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
-
-    positions = places(starts + prompts - 1, completions)
+    positions = _places(starts + prompts - 1, completions)
     return {
         "input_ids": input_ids,
         "prompt_lengths": prompts,
         "completion_lengths": completions,
-        "prompt_positions": places(starts, prompts),
+        "prompt_positions": _places(starts, prompts),
         "positions": positions,
         "labels": input_ids.flatten()[positions + 1],
         "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), completions.cumsum(0)]).int(),
     }
+
+
+def _places(first: Tensor, lengths: Tensor) -> Tensor:
+    """(sum of lengths,) ``first[b], first[b] + 1, ...`` for each b."""
+    offset = first - (lengths.cumsum(0) - lengths)
+    return offset.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 def token_batches(
@@ -167,11 +215,7 @@ def token_batches(
         return batches
     fewest = -(-sum(min(length, max_tokens) for length in lengths) // max_tokens)
     for count in range(max(at_least, fewest), len(lengths)):
-        batches, sums = [[] for _ in range(count)], [0] * count
-        for i in longest_first:
-            emptiest = sums.index(min(sums))
-            batches[emptiest].append(i)
-            sums[emptiest] += lengths[i]
+        batches, sums = _balanced(lengths, count)
         if all(total <= max_tokens or len(batch) == 1 for total, batch in zip(sums, batches, strict=True)):
             return batches
     return [[i] for i in longest_first]

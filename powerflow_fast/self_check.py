@@ -6,18 +6,19 @@ one, training would go on silently with a wrong gradient; so it is refused here,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
+from .attention import break_even
 from .errors import SelfCheckError
 from .heads import evaluating, head_inputs, unwrap_peft
 from .models import CausalLMScorer, pad_token_id
-from .packing import Batch, PaddedBatch, pack_batch, pad_batch
+from .packing import Batch, PackedBatch, PaddedBatch, pack_batch, pad_batch
 from .rollout import RolloutEngine
 
 __all__ = ["check_packing", "self_check"]
@@ -102,46 +103,60 @@ def check_packing(
     attention goes across the borders of packed sequences fails, whatever it is called.
     """
     prompts = _few("check_packing", sample_prompts_ids)
-    prompts += [prompt[::-1] for prompt in prompts]  # never one alone, and no two alike
+    # Prompts may be alike, and what leaks from one into its like does not show: so two of random tokens join them.
+    rows, generator = unwrap_peft(scorer.model).get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    prompts += [torch.randint(rows, (n,), generator=generator).tolist() for n in (16, 6)]
     halves = [p[: len(p) // 2] for p in prompts], [p[len(p) // 2 :] for p in prompts]
     device = scorer.head.weight.device
     trained = [p for p in scorer.parameters() if p.requires_grad]
 
-    def scored(batches: list[Batch]) -> tuple[Tensor, Sequence[Tensor]]:
+    def scored(*batches: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         with autocast():
             logps = torch.cat([scorer(batch.to(device), temperature=temperature).logps for batch in batches])
         return logps.detach(), torch.autograd.grad(logps.sum(), trained, materialize_grads=True) if trained else ()
 
     lm = unwrap_peft(scorer.model)
-    failure = f"check_packing: {type(lm).__name__} with {lm.config._attn_implementation} attention cannot be packed"
+    attention = lm.config._attn_implementation
+    failure = f"check_packing: {type(lm).__name__} with {attention} attention cannot be packed"
     with evaluating(scorer.model), torch.enable_grad():
         scorer.model.train()
-        want, gradient = scored([pad_batch([p], [c], 0) for p, c in zip(*halves, strict=True)])
-        packed = pack_batch(*halves)
-        try:
-            got, packed_gradient = scored([packed])
-        except Exception as error:  # each model says in its own way that it cannot take position ids
-            raise SelfCheckError(f"{failure}: it raises {type(error).__name__}: {error}") from error
+        want, gradient = scored(*(pad_batch([p], [c], 0) for p, c in zip(*halves, strict=True)))
         with torch.no_grad(), autocast():
             logits = _model_logits(scorer.model, prompts[0])
-    tolerance = _tolerance(logits)
-    if not _close(got, want, tolerance):
-        first = slice(0, int(packed.cu_seqlens[1]))
-        cause = "Even the first of them is wrong: position ids mean something else to this model"
-        if _close(got[first], want[first], tolerance):
-            cause = (
-                "Only the first of them is right: the others see what lies before them in the row, by an attention "
-                "mask or a recurrent state of the model's own"
-            )
-        difference = _difference(got, want, tolerance, "a forward of its own", "the packed forward")
-        raise SelfCheckError(f"{failure}: {difference}. {cause}")
-    norm, tolerance = float(get_total_norm(gradient)), _GRADIENT_TOLERANCE.get(logits.dtype, 1e-2)
-    gap = float(get_total_norm([a - b for a, b in zip(gradient, packed_gradient, strict=True)]))
-    if not gap <= tolerance * norm:  # also where either is NaN
-        raise SelfCheckError(
-            f"{failure}: its log-probs are right, but their gradient, of norm {norm:.4g}, is off by {gap:.4g} "
-            f"(tolerance {tolerance * norm:.2g}): the backward pass of its attention or state is wrong for packed rows"
+        # Rows of both kinds that training may make: see pack_batch.
+        for kind in [None] if break_even(scorer.model, attention) is None else [None, 0.0]:
+            batch = pack_batch(*halves, break_even=kind)
+            try:
+                got, packed_gradient = scored(batch)
+            except Exception as error:  # each model says in its own way that it cannot take position ids
+                raise SelfCheckError(f"{failure}: it raises {type(error).__name__}: {error}") from error
+            if not _close(got, want, tolerance := _tolerance(logits)):
+                difference = _difference(got, want, tolerance, "a forward of its own", "the packed forward")
+                raise SelfCheckError(f"{failure}: {difference}. {_explain_packing(batch, got, want, tolerance)}")
+            norm = _norm(gradient)
+            gap = _norm(a - b for a, b in zip(gradient, packed_gradient, strict=True))
+            if not gap <= (tolerance := norm * _GRADIENT_TOLERANCE.get(logits.dtype, 1e-2)) < math.inf:  # nor NaN
+                raise SelfCheckError(
+                    f"{failure}: its log-probs are right, but their gradient, of norm {norm:.4g}, is off by {gap:.4g} "
+                    f"(tolerance {tolerance:.2g}): the backward pass of its attention or state is wrong for packed rows"
+                )
+
+
+def _explain_packing(batch: PackedBatch, got: Tensor, want: Tensor, tolerance: float) -> str:
+    begins = batch.prompt_positions[batch.prompt_lengths.cumsum(0) - batch.prompt_lengths]
+    firsts = begins % batch.input_ids.shape[1] == 0
+    firsts = firsts.repeat_interleave(batch.completion_lengths).to(got.device)
+    if _close(got[firsts], want[firsts], tolerance):
+        return (
+            "Only the first of a row is right: the others see what lies before them, by an attention mask or a "
+            "recurrent state of the model's own"
         )
+    return "Even the first of a row is wrong: position ids mean something else to this model"
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    """Of all numbers together; one tensor at a time is held."""
+    return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in tensors))
 
 
 def _few(name: str, sample_prompts_ids: Sequence[Sequence[int]]) -> list[list[int]]:

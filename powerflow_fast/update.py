@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .alarms import repeated_ngrams
-from .attention import attending
+from .attention import attending, break_even
 from .config import PowerFlowConfig
 from .errors import DeviceMemoryError
 from .models import BaseScorer, CausalLMScorer
@@ -159,6 +159,7 @@ class Updater:
     ):
         self.policy, self.base, self.accelerator = policy, base, accelerator
         self.config, self.alpha, self.pad_id, self.packing = config, alpha, pad_id, packing
+        self._break_even = break_even(base.scorer.model, packing) if packing else None
         self.micro_batch_size, self.max_tokens = config.per_device_train_batch_size, config.max_tokens_per_batch
         self._ratio = {"clip": config.importance_clip, "importance_level": config.importance_level}
         self._warned = False
@@ -209,7 +210,10 @@ class Updater:
 
     def _batch(self, samples: Samples, part: Sequence[int]) -> Batch:
         ids = [samples.prompt_ids[i] for i in part], [samples.completion_ids[i] for i in part]
-        batch = pack_batch(*ids) if self.packing else pad_batch(*ids, self.pad_id)
+        if self.packing:
+            batch = pack_batch(*ids, break_even=self._break_even, max_tokens=self.max_tokens)
+        else:
+            batch = pad_batch(*ids, self.pad_id)
         self._tried = len(part), batch.input_ids.numel(), [len(rows[-1]) for rows in ids]
         return batch.to(self.accelerator.device)
 
@@ -228,7 +232,7 @@ class Updater:
             accumulation = -(-self.config.gradient_accumulation_steps * count // self.micro_batch_size)
             remedy = f"per_device_train_batch_size={self.micro_batch_size}, gradient_accumulation_steps={accumulation}"
         else:
-            self.max_tokens = tokens // 2
+            self.max_tokens = min(self.max_tokens, tokens) // 2
             remedy = f"max_tokens_per_batch={self.max_tokens}"
         if self.accelerator.num_processes > 1:
             # The others are in the middle of this step and would wait for a part of it that never comes.

@@ -29,6 +29,29 @@ def test_pack_batch_by_hand():
     assert len(batch) == 3 and set(batch.model_inputs()) == {"input_ids", "position_ids"}
 
 
+def test_rows_are_as_short_as_is_cheap():
+    lengths = [40, 10, 10, 20, 38, 1]  # 119 tokens
+    prompts, completions = [[7]] * 6, [[8] * (n - 1) for n in lengths]
+
+    def shape(**options):
+        batch = pack_batch(prompts, completions, **options)
+        row = batch.input_ids.shape[1]
+        for b, n in enumerate(lengths):  # each whole, in one row, its positions from 0
+            start = int(batch.prompt_positions[b])  # prompts are of one token
+            assert start // row == (start + n - 1) // row
+            assert batch.position_ids.flatten()[start : start + n].tolist() == list(range(n))
+        assert int((batch.input_ids != 0).sum()) == 119 and bool((batch.position_ids[batch.input_ids == 0] == 0).all())
+        assert batch.labels.tolist() == [8] * (119 - 6)
+        return tuple(batch.input_ids.shape)
+
+    assert shape() == (1, 119)
+    assert shape(break_even=1e9) == (1, 119), "where attention is free, gaps are all that costs"
+    assert shape(break_even=0.0) == shape(break_even=0.0, max_tokens=120) == (3, 40)
+    assert shape(break_even=0.0, max_tokens=119) == (1, 119), "3 x 40 would exceed the budget"
+    batch = pack_batch([[7]] * 4, [[8] * 29] * 4, break_even=1e3)
+    assert batch.input_ids.shape == (4, 30), "equal lengths are rows of their own"
+
+
 def test_pad_batch_matches_a_loop():
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, 9, (n,), generator=generator).tolist() for n in (1, 7, 3, 2, 5)]

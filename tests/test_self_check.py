@@ -204,9 +204,9 @@ def packed_layer(change):
     ("arch", "broken", "cause"),
     [
         ("opt", lambda model: model, "OPTForCausalLM with sdpa attention cannot be packed: .*Only the first"),
-        ("llama", own_mask, "LlamaForCausalLM .*Only the first of them is right"),
-        ("llama", own_cache, "Only the first of them is right"),
-        ("gpt2", shifted_positions, "Even the first of them is wrong: position ids"),
+        ("llama", own_mask, "LlamaForCausalLM .*Only the first of a row is right"),
+        ("llama", own_cache, "Only the first of a row is right"),
+        ("gpt2", shifted_positions, "Even the first of a row is wrong: position ids"),
         ("llama", no_positions, "raises TypeError: .*position_ids"),
         ("llama", packed_layer(lambda x: x.detach()), "log-probs are right, but their gradient"),
         ("llama", packed_layer(lambda x: x + 0.5 * (x - x.detach())), "log-probs are right, but their gradient"),
@@ -219,6 +219,11 @@ def test_packing_that_is_broken_is_refused(arch, broken, cause):
     model = broken(disable_dropout(tiny_model(arch)))
     with pytest.raises(SelfCheckError, match=cause):
         check_packing(CausalLMScorer(model), temperature=0.9, sample_prompts_ids=PROMPTS)
+
+
+def test_a_leak_between_prompts_that_are_all_alike_is_caught():
+    with pytest.raises(SelfCheckError, match="Only the first of a row is right"):
+        check_packing(CausalLMScorer(own_mask(tiny_model())), temperature=0.9, sample_prompts_ids=[[5]] * 4)
 
 
 def test_a_recurrent_state_is_caught():
