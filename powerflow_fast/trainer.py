@@ -22,12 +22,13 @@ from . import report
 from .checkpoint import checkpoint_step, git_commit, latest_checkpoint, prepare_output_dir
 from .config import PowerFlowConfig
 from .data import PromptDataset, check_lengths, encode_prompt, load_prompts, prompt_indices
-from .errors import ConfigError, ModelError, NonFiniteLossError, OutputDirError
+from .errors import ConfigError, ModelError, NonFiniteLossError, OutputDirError, RolloutError
 from .models import (
     CausalLMScorer,
     load_model,
     make_base,
     max_positions,
+    pad_token_id,
     save_model,
     weights_fingerprint,
 )
@@ -35,7 +36,8 @@ from .partition import LogZHead
 from .plots import plot_history
 from .preparation import check_arguments, digest, make_accelerator, prepare_model, prompt_text, seed_of
 from .rewards import FormatFn, format_penalties, resolve_format
-from .rollout import HFGenerateEngine, seeded
+from .rollout import Rollout, seeded
+from .rollout_choice import check_rollout_config, logp_gap, make_engine
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
 from .update import Policy, Samples, Updater
@@ -132,6 +134,7 @@ class _Run:
         self.is_main = self.accelerator.is_main_process
         self.prompts_per_rollout = config.prompts_per_generation(self.world)
         config.check_groups(self.world)
+        check_rollout_config(config)
         self.total_steps = config.total_steps(len(self.dataset), self.world)
         self.resume_from = find_checkpoint(config)
 
@@ -175,14 +178,10 @@ class _Run:
                 head = LogZHead(scorer.head.weight.shape[1], num_layers=config.log_z_num_layers)
             head.to(accelerator.device)
         self.policy = Policy(scorer, head)
-        self.engine = HFGenerateEngine(
-            self.model,
-            self.tokenizer,
-            temperature=config.temperature,
-            max_completion_length=config.max_completion_length,
-            batch_size=config.rollout_batch_size,
-            autocast=accelerator.autocast,
-        )
+        prompts = [self._encode(i) for i in range(min(4, len(self.dataset)))]
+        self.engine = make_engine(self.model, self.tokenizer, config, accelerator, probe_prompts=prompts)
+        self.engine.sync(0)
+        self.rollout_logps: list[list[float]] | None = None
         trained = [p for p in scorer.parameters() if p.requires_grad]
         groups = [{"params": trained, "lr": config.learning_rate, "weight_decay": config.weight_decay}]
         if head is not None:
@@ -212,7 +211,7 @@ class _Run:
                 scorer,
                 self.tokenizer,
                 temperature=config.temperature,
-                sample_prompts_ids=[self._encode(i) for i in range(min(4, len(self.dataset)))],
+                sample_prompts_ids=prompts,
                 engine=self.engine,
                 autocast=accelerator.autocast,
             )
@@ -228,9 +227,8 @@ class _Run:
         elif config.resume_from_checkpoint:
             logger.warning("no checkpoint in %s yet: the run starts at step 1", config.output_dir)
         self.wrapped, self.optimizer = accelerator.prepare(self.policy, optimizer)
-        self.updater = Updater(
-            self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=self.engine.pad_id
-        )
+        pad_id = pad_token_id(self.tokenizer, self.model)
+        self.updater = Updater(self.wrapped, self.base, accelerator, config, alpha=self.alpha, pad_id=pad_id)
 
         resuming = self.config.resume_from_checkpoint not in (None, False)
         record = {"config": config.to_dict(), "model": self.model_name, "prompts": self.dataset.description, **identity}
@@ -284,7 +282,7 @@ class _Run:
             if self.step == 0 and self.policy.log_z_head is not None:
                 self.policy.log_z_head.warm_start(self.updater.mean_target(part))
             logged = (self.step + 1) % config.logging_steps == 0 or self.step + 1 == self.total_steps
-            metrics = self._step(part, on_policy=update == 0, logged=logged, timings=timings)
+            metrics = self._step(part, first=update == 0, logged=logged, timings=timings)
             self.step += 1
             if logged:
                 self._record(metrics)
@@ -310,7 +308,8 @@ class _Run:
         share = len(indices) // self.world
         indices = indices[self.rank * share : (self.rank + 1) * share] if self.world > 1 else indices
         prompts = [ids for i in indices for ids in [self._encode(i)] * k]
-        rollout = self.engine.generate(prompts, seed=seed_of(config.seed, number, self.rank))
+        rollout = self._draw(prompts, number, self.rank)
+        self.rollout_logps = rollout.logps
         timings["rollout"] = time.perf_counter() - started
         started = time.perf_counter()
         samples = Samples(
@@ -321,12 +320,26 @@ class _Run:
             psi=self._format_penalties(indices, rollout.completion_ids),
         ).to(self.accelerator.device)
         samples.base_logps = self.updater.score_base(samples)
-        if config.updates_per_generation > 1:
+        if config.use_rollout_logps:
+            samples.old_logps = torch.tensor([sum(row) for row in rollout.logps], device=samples.psi.device)
+        elif config.updates_per_generation > 1:
             samples.old_logps = self.updater.policy_sums(samples)
         timings["score"] = time.perf_counter() - started
         if self.completions_file is not None:
             self._write_completions(number, indices, rollout)
         return samples
+
+    def _draw(self, prompts: list[list[int]], number: int, rank: int) -> Rollout:
+        """Completions from the weights as they are after ``self.step`` steps, and from no older ones."""
+        self.engine.sync(self.step)
+        wanted = self.engine.logps_are_free or self.config.use_rollout_logps
+        rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, number, rank), return_logps=wanted)
+        if rollout.weight_version != self.step:
+            raise RolloutError(
+                f"train: the {self.engine.name} engine sampled from the weights of step {rollout.weight_version}, "
+                f"not of step {self.step}"
+            )
+        return rollout
 
     def _format_penalties(self, indices: list[int], completions: list[list[int]]) -> torch.Tensor:
         rows = [self.dataset[i] for i in indices for _ in range(self.config.num_generations)]
@@ -335,8 +348,9 @@ class _Run:
         psi = format_penalties(self.format_fn, prompts, texts, columns, penalty=self.config.format_penalty)
         return torch.tensor(psi, dtype=torch.float32)
 
-    def _step(self, samples: Samples, *, on_policy: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
-        """One optimiser step; raises before the weights change when the gradient is not finite."""
+    def _step(self, samples: Samples, *, first: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
+        """One optimiser step, the ``first`` on its rollout or not; a gradient that is not finite changes no weights."""
+        on_policy = first and not self.config.use_rollout_logps
         started = time.perf_counter()
         self.wrapped.train()
         sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
@@ -356,6 +370,9 @@ class _Run:
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         if logged:
             metrics |= self.updater.metrics(samples, sums)
+        if first and self.rollout_logps is not None:
+            # Both are of the weights that sampled. The sequences of this first step come first in the rollout.
+            metrics |= logp_gap(self.rollout_logps[: len(samples)], sums.token_logps, self.accelerator)
         seconds = sum(timings.values())
         tokens = sum(map(len, samples.prompt_ids)) + sum(samples.lengths)
         metrics |= {f"seconds/{name}": value for name, value in timings.items()}
@@ -405,7 +422,7 @@ class _Run:
         if not count or not self.is_main:
             return []
         prompts = [self._encode(i) for i in range(count)]
-        rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, 0, 0))
+        rollout = self._draw(prompts, 0, 0)
         texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         return [report.Sample(prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
 

@@ -98,6 +98,8 @@ class StepSums(NamedTuple):
     weight: Tensor
     logp_mean: Tensor
     log_z: Tensor
+    token_logps: Tensor
+    """(N,) log-prob of each completion token under the policy before this step."""
     entropy: Tensor | None
     """(N,) per token."""
 
@@ -198,16 +200,16 @@ class Updater:
                 )
                 # Data-parallel wrappers average gradients over devices; the loss is a share of one global mean.
                 accelerator.backward(result.loss * accelerator.num_processes)
-            results.append(
-                (result.loss.detach(), result.delta, result.weight, result.logp_mean, log_z.detach(), out.entropy)
-            )
-        loss, delta, weight, logp_mean, log_z, entropy = zip(*results, strict=True)
+            row = (result.loss.detach(), result.delta, result.weight, result.logp_mean, log_z.detach(), logps.detach())
+            results.append((*row, out.entropy))
+        loss, delta, weight, logp_mean, log_z, token_logps, entropy = zip(*results, strict=True)
         return StepSums(
             torch.stack(loss).sum(),
             torch.cat(delta),
             torch.cat(weight),
             torch.cat(logp_mean),
             torch.cat(log_z),
+            torch.cat(token_logps),
             torch.cat(entropy) if need_entropy else None,
         )
 
