@@ -88,7 +88,9 @@ def make_engine(
             kind = "hf" if refused else "continuous"
             reason = refused or "continuous batching draws from the model's own distribution"
         if accelerator.is_main_process:
-            logger.info("rollout_engine='auto' chose %r: %s", kind, reason)
+            # The slow engine is worth a line that everybody sees.
+            level = logging.WARNING if kind == "hf" else logging.INFO
+            logger.log(level, "rollout_engine='auto' chose %r: %s", kind, reason)
     if kind == "vllm":
         return VLLMEngine(model, tokenizer, config=config, accelerator=accelerator, **options)
     if kind == "continuous":
