@@ -50,6 +50,8 @@ _FREE_ON_RESUME = {
     "save_total_limit",
     "self_check",
     "trust_remote_code",
+    "vllm_gpu_memory_utilization",
+    "vllm_server_base_url",
 }
 
 # Names people bring from other trainers, with what to write here.
@@ -104,7 +106,23 @@ class PowerFlowConfig:
     temperature: float = _opt(1.0, "sampling temperature; log-probs are scored at the same temperature", gt=0)
     top_p: float = _opt(1.0, "must stay 1.0: samples are drawn from the full softmax that is scored")
     top_k: int = _opt(0, "must stay 0: samples are drawn from the full softmax that is scored")
+    rollout_engine: Literal["auto", "hf", "continuous", "vllm"] = _opt(
+        "auto", "what samples; auto: vllm with use_vllm, else continuous batching where a probe finds it right, else hf"
+    )
     rollout_batch_size: int = _opt(64, "sequences decoded at once on each device", ge=1)
+    rollout_cache_tokens: int | None = _opt(
+        None, "continuous batching: tokens in the key-value cache (default: rollout_batch_size longest sequences)", ge=1
+    )
+    rollout_max_batch_tokens: int = _opt(512, "continuous batching: most tokens of one forward", ge=1)
+    use_rollout_logps: bool = _opt(False, "take the engine's own log-probs as those of the policy that sampled")
+    use_vllm: bool = _opt(False, "sample with vLLM")
+    vllm_mode: Literal["colocate", "server"] = _opt(
+        "colocate", "vLLM in this process, on the training GPU, or in a server started with vllm serve"
+    )
+    vllm_server_base_url: str | None = _opt(None, "address of that server, such as http://host:8000")
+    vllm_gpu_memory_utilization: float = _opt(0.3, "share of the GPU's memory for colocated vLLM", gt=0, le=1)
+    vllm_tensor_parallel_size: int = _opt(1, "GPUs of one colocated vLLM engine; must be 1", ge=1)
+    vllm_max_model_length: int | None = _opt(None, "longest prompt with completion in colocated vLLM, tokens", ge=1)
     use_chat_template: bool | Literal["auto"] = _opt(
         "auto", "wrap prompts in the tokenizer's chat template; auto: where it has one"
     )
@@ -232,6 +250,12 @@ class PowerFlowConfig:
         self.output_dir = str(Path(self.output_dir).expanduser())
 
     # Derived sizes
+
+    @property
+    def cache_tokens(self) -> int:
+        """``rollout_cache_tokens`` with its default filled in."""
+        default = self.rollout_batch_size * (self.max_prompt_length + self.max_completion_length)
+        return self.rollout_cache_tokens or default
 
     @property
     def trackers(self) -> list[str]:

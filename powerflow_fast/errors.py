@@ -15,6 +15,7 @@ __all__ = [
     "NonFiniteLossError",
     "OutputDirError",
     "PowerFlowError",
+    "RolloutError",
     "RunStopped",
     "SelfCheckError",
 ]
@@ -42,6 +43,10 @@ class SelfCheckError(ModelError):
 
 class BackendUnavailableError(PowerFlowError, RuntimeError):
     """A backend was asked for by name and cannot run here; the message carries the reason."""
+
+
+class RolloutError(PowerFlowError, RuntimeError):
+    """A sampling engine failed, is missing, or samples from other weights than it was told to; the cause is named."""
 
 
 class CheckpointError(PowerFlowError, RuntimeError):

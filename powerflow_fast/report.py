@@ -31,7 +31,7 @@ __all__ = [
     "write_samples",
 ]
 
-# The columns of history.jsonl that the progress line and the plots read, with their meaning and unit.
+# Columns of history.jsonl with their meaning and unit: those that the progress line and the plots read, and the gap.
 METRICS = {
     "step": "optimizer steps made",
     "loss": "mean w * delta^2 over the step's sequences, (nats/token)^2",
@@ -41,6 +41,8 @@ METRICS = {
     "log_z": "mean log Z', nats/token",
     "entropy": "mean entropy of the policy's next-token distribution, nats",
     "length": "mean completion length, tokens",
+    "rollout_logp_gap_mean": "mean |log-prob by the sampling engine - by our scorer| per token, nats",
+    "rollout_logp_gap_max": "largest |log-prob by the sampling engine - by our scorer| of a token, nats",
     "tokens_per_second": "prompt and completion tokens trained on per second of the whole run, over all devices",
     "share/rollout": "share of the time that went into sampling",
     "share/score": "share of the time that went into scores under p_base and the old policy",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .heads import evaluating, unwrap_peft
 from .models import pad_token_id
 
-__all__ = ["HFGenerateEngine", "Rollout", "RolloutEngine", "eos_token_ids", "seeded"]
+__all__ = ["HFGenerateEngine", "Rollout", "RolloutEngine", "checked_prompts", "eos_token_ids", "seeded"]
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Rollout:
     """An end-of-sequence token came before the length limit."""
     logps: list[list[float]] | None = None
     """Log-prob in nats of each token under the distribution that the engine drew it from, where asked for."""
+    weight_version: int | None = None
+    """The version that the engine was last given with ``sync``: of the weights these were drawn from."""
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -34,6 +36,18 @@ class Rollout:
 
 class RolloutEngine(Protocol):
     """Draws completions from softmax(logits / temperature) over the whole vocabulary, and from nothing else."""
+
+    name: str
+    logps_are_free: bool
+    """Log-probs come with the tokens anyway; else they cost memory or time, and are asked for only where needed."""
+
+    def sync(self, version: int) -> None:
+        """Sample from the policy's present weights from now on.
+
+        ``version`` is the number of optimiser steps that made them. To be called whenever weights may have changed;
+        a version that the engine already has costs nothing.
+        """
+        ...
 
     def generate(
         self,
@@ -46,7 +60,7 @@ class RolloutEngine(Protocol):
         """One completion for each listed prompt (repeat a prompt to get several).
 
         The result depends on the weights, the arguments and ``seed`` alone. ``max_completion_length`` overrides the
-        engine's own. ``return_logps`` fills ``Rollout.logps``; it may cost memory and is for checks.
+        engine's own. ``return_logps`` fills ``Rollout.logps``.
         """
         ...
 
@@ -62,6 +76,14 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted(token for token in found if 0 <= token < rows)
 
 
+def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts as lists; ValueError naming the first one without a token."""
+    prompts = [list(prompt) for prompt in prompts]
+    if [] in prompts:
+        raise ValueError(f"generate: prompts[{prompts.index([])}] is empty; a prompt needs at least one token")
+    return prompts
+
+
 class HFGenerateEngine:
     """Temperature sampling of the full softmax with ``transformers``' generate.
 
@@ -75,6 +97,9 @@ class HFGenerateEngine:
         eos_ids: None finds them with :func:`eos_token_ids`.
         autocast: makes the context that the model runs in, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
     """
+
+    name = "hf"
+    logps_are_free = False  # they are made from every step's scores, (batch, vocabulary) each
 
     def __init__(
         self,
@@ -94,6 +119,11 @@ class HFGenerateEngine:
         self.eos_ids = eos_token_ids(model, tokenizer) if eos_ids is None else list(eos_ids)
         self.pad_id = pad_token_id(tokenizer, model)
         self.autocast = autocast
+        self.weight_version: int | None = None
+
+    def sync(self, version: int) -> None:
+        """See :meth:`RolloutEngine.sync`; the model itself is sampled, so there is nothing to send."""
+        self.weight_version = version
 
     @torch.no_grad()
     def generate(
@@ -105,9 +135,7 @@ class HFGenerateEngine:
         return_logps: bool = False,
     ) -> Rollout:
         """See :meth:`RolloutEngine.generate`. Prompts of like length share a batch; results keep the caller's order."""
-        prompts = [list(prompt) for prompt in prompts]
-        if [] in prompts:
-            raise ValueError(f"generate: prompts[{prompts.index([])}] is empty; a prompt needs at least one token")
+        prompts = checked_prompts(prompts)
         limit = max_completion_length or self.max_completion_length
         completions: list[list[int]] = [[] for _ in prompts]
         logps: list[list[float]] = [[] for _ in prompts]
@@ -126,7 +154,7 @@ class HFGenerateEngine:
                         logps[i] = row[:length]
         eos = set(self.eos_ids)
         finished = [bool(ids) and ids[-1] in eos for ids in completions]
-        return Rollout(prompts, completions, finished, logps if return_logps else None)
+        return Rollout(prompts, completions, finished, logps if return_logps else None, self.weight_version)
 
     def _generate_batch(
         self, lm: nn.Module, prompts: list[list[int]], limit: int, device: torch.device, return_logps: bool

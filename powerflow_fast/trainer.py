@@ -27,13 +27,14 @@ from .alarms import Alarms
 from .checkpoint import checkpoint_step, disk_full, git_commit, latest_checkpoint, prepare_output_dir
 from .config import PowerFlowConfig
 from .data import PromptDataset, encode_prompt, load_prompts, prompt_indices
-from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
+from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RolloutError, RunStopped
 from .faults import Abandoned, StopRequest, may_skip, non_finite_error
 from .liger import apply_liger
 from .models import (
     CausalLMScorer,
     load_model,
     make_base,
+    pad_token_id,
     save_model,
     weights_fingerprint,
 )
@@ -51,7 +52,8 @@ from .preparation import (
     seed_of,
 )
 from .rewards import FormatFn, format_penalties, resolve_format
-from .rollout import HFGenerateEngine, seeded
+from .rollout import Rollout, seeded
+from .rollout_choice import check_rollout_config, logp_gap, make_engine
 from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
 from .self_check import self_check
@@ -155,6 +157,7 @@ class _Run:
             check_sharding(config, self.world)
         self.prompts_per_rollout = config.prompts_per_generation(self.world)
         config.check_groups(self.world)
+        check_rollout_config(config)
         self.total_steps = config.total_steps(len(self.dataset), self.world)
         self.resume_from = find_checkpoint(config)
 
@@ -192,15 +195,10 @@ class _Run:
                 head = LogZHead(scorer.head.weight.shape[1], num_layers=config.log_z_num_layers)
             head.to(accelerator.device)
         self.policy = Policy(scorer, head)
-        self.engine = HFGenerateEngine(
-            self.model,
-            self.tokenizer,
-            temperature=config.temperature,
-            max_completion_length=config.max_completion_length,
-            batch_size=config.rollout_batch_size,
-            autocast=accelerator.autocast,
-        )
         first_prompts = [self._encode(i) for i in range(min(4, len(self.dataset)))]
+        self.engine = make_engine(self.model, self.tokenizer, config, accelerator, probe_prompts=first_prompts)
+        self.engine.sync(0)
+        self.rollout_logps: list[list[float]] | None = None
         if config.self_check:
             self_check(
                 scorer,
@@ -253,7 +251,7 @@ class _Run:
             accelerator,
             config,
             alpha=self.alpha,
-            pad_id=self.engine.pad_id,
+            pad_id=pad_token_id(self.tokenizer, self.model),
             packing=packing,
         )
 
@@ -331,7 +329,7 @@ class _Run:
                 self._warm_start(part)
             logged = (self.step + 1) % config.logging_steps == 0 or self.step + 1 == self.total_steps
             skipped = self.state.counters.get("skipped_steps", 0)
-            metrics = self._step(part, on_policy=update == 0, logged=logged, timings=timings)
+            metrics = self._step(part, first=update == 0, logged=logged, timings=timings)
             self.step += 1
             if logged:
                 metrics |= self.throughput.metrics()
@@ -379,7 +377,8 @@ class _Run:
         indices = indices[self.rank * share : (self.rank + 1) * share] if self.world > 1 else indices
         prompts = [ids for i in indices for ids in [self._encode(i)] * k]
         with gathered(self.policy):
-            rollout = self.engine.generate(prompts, seed=seed_of(config.seed, number, self.rank))
+            rollout = self._draw(prompts, number, self.rank)
+        self.rollout_logps = rollout.logps
         timings["rollout"] = time.perf_counter() - started
         started = time.perf_counter()
         texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
@@ -391,11 +390,25 @@ class _Run:
             psi=self._format_penalties(indices, texts),
         ).to(self.accelerator.device)
         samples.base_logps = self.updater.score_base(samples)
-        if config.updates_per_generation > 1:
+        if config.use_rollout_logps:
+            samples.old_logps = torch.tensor([sum(row) for row in rollout.logps], device=samples.psi.device)
+        elif config.updates_per_generation > 1:
             samples.old_logps = self.updater.policy_sums(samples)
         timings["score"] = time.perf_counter() - started
         self.log.completions(number, indices, texts)
         return samples
+
+    def _draw(self, prompts: list[list[int]], number: int, rank: int) -> Rollout:
+        """Completions from the weights as they are after ``self.step`` steps, and from no older ones."""
+        self.engine.sync(self.step)
+        wanted = self.engine.logps_are_free or self.config.use_rollout_logps
+        rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, number, rank), return_logps=wanted)
+        if rollout.weight_version != self.step:
+            raise RolloutError(
+                f"train: the {self.engine.name} engine sampled from the weights of step {rollout.weight_version}, "
+                f"not of step {self.step}"
+            )
+        return rollout
 
     def _format_penalties(self, indices: list[int], texts: list[str]) -> torch.Tensor:
         rows = [self.dataset[i] for i in indices for _ in range(self.config.num_generations)]
@@ -408,8 +421,9 @@ class _Run:
         if math.isfinite(constant):  # else the step's gradient is not finite either, and it is dealt with there
             self.policy.log_z_head.warm_start(constant)
 
-    def _step(self, samples: Samples, *, on_policy: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
-        """One optimiser step, or none where loss or gradient are not finite."""
+    def _step(self, samples: Samples, *, first: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
+        """One optimiser step, the ``first`` on its rollout or not; none where loss or gradient are not finite."""
+        on_policy = first and not self.config.use_rollout_logps
         started = time.perf_counter()
         self.wrapped.train()
         with self._abandonable():
@@ -439,6 +453,9 @@ class _Run:
             metrics |= self.updater.metrics(samples, sums)
             metrics |= self.alarms.check(self.step + 1, metrics)
             self.state.counters["alarms"] = self.alarms.state_dict()
+        if first and self.rollout_logps is not None:
+            # Both are of the weights that sampled. The sequences of this first step come first in the rollout.
+            metrics |= logp_gap(self.rollout_logps[: len(samples)], sums.token_logps, self.accelerator)
         self.throughput.add(timings, sum(map(len, samples.prompt_ids)), sum(samples.lengths))
         metrics |= {f"seconds/{name}": value for name, value in timings.items()}
         return metrics
@@ -476,7 +493,7 @@ class _Run:
         with gathered(self.policy):
             if not self.is_main:
                 return []
-            rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, 0, 0))
+            rollout = self._draw(prompts, 0, 0)
         texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         return [report.Sample(prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
 

@@ -112,6 +112,8 @@ class StepSums(NamedTuple):
     weight: Tensor
     logp_mean: Tensor
     log_z: Tensor
+    token_logps: Tensor
+    """(N,) log-prob of each completion token under the policy before this step."""
     entropy: Tensor | None
     """(N,) per token."""
 
@@ -329,13 +331,13 @@ class Updater:
                 )
                 # Data-parallel wrappers average gradients over devices; the loss is a share of one global mean.
                 accelerator.backward(result.loss * accelerator.num_processes)
-            results.append(
-                (result.loss.detach(), result.delta, result.weight, result.logp_mean, log_z.detach(), out.entropy)
-            )
-        loss, *per_sequence, entropy = zip(*results, strict=True)
+            per_sequence = (result.loss.detach(), result.delta, result.weight, result.logp_mean, log_z.detach())
+            results.append((*per_sequence, logps.detach(), out.entropy))
+        loss, *per_sequence, token_logps, entropy = zip(*results, strict=True)
         return StepSums(
             torch.stack(loss).sum(),
             *(_in_order(values, parts) for values in per_sequence),
+            _in_order(token_logps, parts, samples.lengths),
             _in_order(entropy, parts, samples.lengths) if need_entropy else None,
         )
 

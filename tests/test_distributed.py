@@ -23,11 +23,11 @@ sys.path.insert(0, sys.argv[1])
 import accelerate, torch
 torch.set_num_threads(1)
 import powerflow_fast
-from powerflow_fast import rollout, sharding, trainer
+from powerflow_fast import rollout, rollout_choice, sharding
 from tiny import tiny_model, tiny_tokenizer
 
 # Ranks draw with seeds of their own, so a fair comparison needs completions that depend on nothing but the prompt.
-class Fixed(trainer.HFGenerateEngine):
+class Fixed(rollout.HFGenerateEngine):
     def generate(self, prompts, *, seed, return_logps=False, **options):
         if return_logps:  # the self-check wants the real one
             return super().generate(prompts, seed=seed, return_logps=True, **options)
@@ -36,16 +36,17 @@ class Fixed(trainer.HFGenerateEngine):
             count[prompt] = count.get(prompt, 0) + 1
             rng = random.Random(f"{prompt}/{count[prompt]}")
             completions.append([rng.randrange(4, 40) for _ in range(rng.randrange(1, 7))])
-        return rollout.Rollout([list(p) for p in prompts], completions, [False] * len(prompts))
+        ids = [list(p) for p in prompts]
+        return rollout.Rollout(ids, completions, [False] * len(ids), None, self.weight_version)
 
-trainer.HFGenerateEngine = Fixed
+rollout_choice.HFGenerateEngine = Fixed
 
 def run(log_z, name, max_steps, resume=None, **options):
     result = powerflow_fast.train(
         tiny_model(), ["one ", "two and ", "three ", "four "], alpha=2.0, tokenizer=tiny_tokenizer(),
         output_dir=f"{folder}/{log_z}-{name}", log_z=log_z, num_generations=4, gradient_accumulation_steps=2,
         per_device_train_batch_size=8 // processes, max_completion_length=6, max_prompt_length=16, learning_rate=1e-3,
-        max_steps=max_steps, num_iterations=2, resume_from_checkpoint=resume, **options,
+        max_steps=max_steps, num_iterations=2, resume_from_checkpoint=resume, rollout_engine="hf", **options,
         lr_scheduler_type="constant", bf16=False,  # "auto" rounds gradients to bf16 on CPUs that multiply it fast
         max_tokens_per_batch=24 if processes > 1 and log_z == "group" else None,  # ranks have other lengths
         adam_epsilon=1e-2,  # else Adam turns rounding of tiny gradients into whole steps

@@ -89,6 +89,7 @@ def test_training_reaches_the_power_of_the_base(ends, alpha, log_z, tmp_path):
         num_generations=128,
         per_device_train_batch_size=128,
         max_completion_length=4 if ends else 3,
+        rollout_engine="hf",
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         log_z=log_z,

@@ -11,7 +11,7 @@ import transformers as tf
 from tiny import tiny_model, tiny_tokenizer
 
 import powerflow_fast
-from powerflow_fast import PowerFlowConfig, trainer
+from powerflow_fast import PowerFlowConfig, rollout, trainer
 from powerflow_fast.checkpoint import load_checkpoint
 from powerflow_fast.errors import (
     CheckpointError,
@@ -33,6 +33,7 @@ FAST = {
     "learning_rate": 1e-3,
     "max_steps": 3,
     "num_sample_prompts": 2,
+    "rollout_engine": "hf",  # "auto" probes, and its choice has a fixed cost that matters on models this small
 }
 
 
@@ -385,12 +386,12 @@ def test_bad_input_is_refused_before_the_first_step(case, tmp_path):
 
 
 def test_a_rollout_that_is_not_what_is_scored_is_refused(tmp_path, monkeypatch):
-    original = trainer.HFGenerateEngine.__init__
+    original = rollout.HFGenerateEngine.__init__
 
     def hotter(self, *args, temperature, **kwargs):
         original(self, *args, temperature=2 * temperature, **kwargs)
 
-    monkeypatch.setattr(trainer.HFGenerateEngine, "__init__", hotter)
+    monkeypatch.setattr(rollout.HFGenerateEngine, "__init__", hotter)
     with pytest.raises(SelfCheckError, match="samples at temperature 2"):
         run(tmp_path)
 
