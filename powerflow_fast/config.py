@@ -10,13 +10,13 @@ import dataclasses
 import difflib
 import json
 import math
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
+from .field_types import RENAMED, describe, matches
 
 __all__ = ["PowerFlowConfig", "parse_value", "read_yaml", "suggest"]
 
@@ -52,18 +52,6 @@ _FREE_ON_RESUME = {
     "trust_remote_code",
     "vllm_gpu_memory_utilization",
     "vllm_server_base_url",
-}
-
-# Names people bring from other trainers, with what to write here.
-RENAMED = {
-    "beta": "there is no KL weight here; the strength of the change is alpha",
-    "epsilon": "write importance_clip=(1 - epsilon, 1 + epsilon)",
-    "epsilon_high": "write importance_clip=(1 - epsilon, 1 + epsilon_high)",
-    "loss_type": "write objective",
-    "max_new_tokens": "write max_completion_length",
-    "gradient_checkpointing": "write activation_checkpointing",
-    "lora_dropout": "there is none: the policy is scored as it was sampled, without dropout",
-    "lr": "write learning_rate",
 }
 
 
@@ -401,7 +389,7 @@ class PowerFlowConfig:
 
 def suggest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of ``names``, or an empty string."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    near = difflib.get_closematches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -453,7 +441,7 @@ def parse_value(name: str, text: str) -> Any:
         except ValueError:
             continue
     # A string that spells no other value the field takes stays a string.
-    return next((c for c in candidates if _matches(c, hint)), text)
+    return next((c for c in candidates if matches(c, hint)), text)
 
 
 def _error(message: str) -> ConfigError:
@@ -478,8 +466,8 @@ def _checked(f: dataclasses.Field, value: Any) -> Any:
     hint = _FIELD_TYPES[f.name]
     if isinstance(value, Path):
         value = str(value)
-    if not _matches(value, hint):
-        raise _error(f"{f.name} must be {_describe(hint)}, got {value!r} ({type(value).__name__})")
+    if not matches(value, hint):
+        raise _error(f"{f.name} must be {describe(hint)}, got {value!r} ({type(value).__name__})")
     if get_origin(hint) is tuple:
         value = tuple(float(v) for v in value)
     elif isinstance(value, int) and not isinstance(value, bool) and float in (hint, *get_args(hint)):
@@ -499,36 +487,6 @@ def _checked(f: dataclasses.Field, value: Any) -> Any:
         if key in f.metadata and not holds(value, f.metadata[key]):
             raise _error(f"{f.name} must be {symbol} {f.metadata[key]}, got {value}")
     return value
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether ``value`` has the type ``hint``; an int is a float, a bool is no number, a list may stand for a tuple."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_matches(value, a) for a in args)
-    if origin is Literal:
-        return any(type(value) is type(a) and value == a for a in args)
-    if origin is tuple:
-        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(_matches, value, args))
-    if origin is list:
-        return isinstance(value, list) and all(_matches(v, args[0]) for v in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    """``hint`` in words, for error messages."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args)
-    if origin is Literal:
-        return " or ".join(repr(a) for a in args)
-    if origin is tuple:
-        return f"{len(args)} numbers"
-    if origin is list:
-        return f"a list of {args[0].__name__}"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "None"}[hint]
 
 
 _FIELD_TYPES: dict[str, Any] = get_type_hints(PowerFlowConfig)

@@ -16,7 +16,7 @@ import pytest
 from test_trainer import run, same, weights
 from tiny import tiny_model, tiny_tokenizer
 
-from powerflow_fast import PowerFlowConfig, trainer
+from powerflow_fast import PowerFlowConfig, results, training_run
 from powerflow_fast.alarms import Alarms, repeated_ngrams
 from powerflow_fast.checkpoint import latest_checkpoint, load_checkpoint
 from powerflow_fast.errors import NonFiniteLossError, OutputDirError, RunStopped
@@ -28,7 +28,7 @@ TESTS = Path(__file__).parent
 
 def during(monkeypatch, name, act, *, call):
     """Do ``act()`` within the ``call``-th call of the Updater's or the trainer's method ``name``."""
-    owner = trainer.Updater if hasattr(trainer.Updater, name) else trainer._Run
+    owner = training_run.Updater if hasattr(training_run.Updater, name) else training_run.Run
     original, calls = getattr(owner, name), []
 
     def spy(self, *args, **keywords):
@@ -79,7 +79,7 @@ def test_sigterm_saves_and_resumes_with_the_same_bits(tmp_path, monkeypatch, cap
 def test_an_optimiser_step_is_never_torn(tmp_path, monkeypatch):
     """A signal in the middle of the weights' update waits for its end."""
     whole, seen = run(tmp_path, name="whole", max_steps=3), []
-    original = trainer.torch.optim.AdamW.step
+    original = training_run.torch.optim.AdamW.step
 
     def step(self, *args, **keywords):
         seen.append(1)
@@ -88,7 +88,7 @@ def test_an_optimiser_step_is_never_torn(tmp_path, monkeypatch):
         return original(self, *args, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.torch.optim.AdamW, "step", step)
+        patch.setattr(training_run.torch.optim.AdamW, "step", step)
         with pytest.raises(RunStopped):
             run(tmp_path, name="cut", max_steps=3)
     assert latest_checkpoint(tmp_path / "cut").name == "checkpoint-2"
@@ -121,8 +121,8 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, c
 def test_a_checkpoint_of_this_very_step_is_not_written_twice(tmp_path, monkeypatch):
     during(monkeypatch, "score_base", kill_me(signal.SIGTERM), call=3)
     saved = []
-    original = trainer._Run._save
-    monkeypatch.setattr(trainer._Run, "_save", lambda self: saved.append(self.step) or original(self))
+    original = training_run.Run._save
+    monkeypatch.setattr(training_run.Run, "_save", lambda self: saved.append(self.step) or original(self))
     with pytest.raises(RunStopped):
         run(tmp_path, max_steps=5, save_steps=2)
     assert saved == [2]
@@ -211,7 +211,7 @@ def test_a_disk_that_fills_up_outside_a_checkpoint_is_named(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if name == "model":
-        monkeypatch.setattr(trainer, "save_model", full)
+        monkeypatch.setattr(results, "save_model", full)
     else:
         monkeypatch.setattr(HistoryWriter, "write", full)
     with pytest.raises(OutputDirError, match=r"no space left on the disk .*bytes.* free.*resume_from_checkpoint=True"):
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_outside_a_checkpoint_is_named(tmp_path, monkeypatc
 
 def spoil(monkeypatch, bad_calls, where="gradient"):
     """Make the gradient (or, with it, the loss) of the given calls of ``Updater.gradient`` NaN."""
-    original, calls = trainer.Updater.gradient, []
+    original, calls = training_run.Updater.gradient, []
 
     def spoiled(self, samples, **keywords):
         sums = original(self, samples, **keywords)
@@ -234,7 +234,7 @@ def spoil(monkeypatch, bad_calls, where="gradient"):
                 sums = sums._replace(loss=sums.loss * float("inf"))
         return sums
 
-    monkeypatch.setattr(trainer.Updater, "gradient", spoiled)
+    monkeypatch.setattr(training_run.Updater, "gradient", spoiled)
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
@@ -276,13 +276,13 @@ def test_stop_saves_nothing_over_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_first_step_that_is_skipped_leaves_log_z_to_the_second(tmp_path, monkeypatch):
-    original, calls = trainer.Updater.score_base, []
+    original, calls = training_run.Updater.score_base, []
 
     def infinite(self, samples):
         calls.append(1)
         return original(self, samples) * (float("inf") if len(calls) == 1 else 1.0)
 
-    monkeypatch.setattr(trainer.Updater, "score_base", infinite)
+    monkeypatch.setattr(training_run.Updater, "score_base", infinite)
     first, second = run(tmp_path, max_steps=2, alpha=2.0).history
     assert first["skipped_steps"] == second["skipped_steps"] == 1
     assert second["log_z"] == pytest.approx(2.0 * second["base_logp"] - second["policy_logp"], abs=0.5)

@@ -95,9 +95,9 @@ def test_the_real_library_takes_our_flags():
 
 def test_a_run_is_patched_while_it_lasts(tmp_path, stand_in, monkeypatch):
     """Through train(), on a CPU that says it is a GPU to Liger alone; also when the set-up fails after the patch."""
-    from powerflow_fast import trainer
+    from powerflow_fast import training_run
 
-    monkeypatch.setattr(trainer, "apply_liger", lambda models, mode, device: apply_liger(models, mode, CUDA))
+    monkeypatch.setattr(training_run, "apply_liger", lambda models, mode, device: apply_liger(models, mode, CUDA))
     rope, seen = modeling_llama.apply_rotary_pos_emb, []
     watch = [lambda report: seen.append(modeling_llama.apply_rotary_pos_emb is not rope) and None]
     result = run(tmp_path, use_liger_kernel="auto", max_steps=1, callbacks=watch)

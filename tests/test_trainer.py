@@ -11,7 +11,7 @@ import transformers as tf
 from tiny import tiny_model, tiny_tokenizer
 
 import powerflow_fast
-from powerflow_fast import PowerFlowConfig, rollout, trainer
+from powerflow_fast import PowerFlowConfig, rollout, training_run
 from powerflow_fast.checkpoint import load_checkpoint
 from powerflow_fast.errors import (
     CheckpointError,
@@ -93,7 +93,7 @@ def test_a_run_leaves_everything_behind(tmp_path):
 def gradient_of_first_step(tmp_path, monkeypatch, name, **options):
     """Gradients before clipping and the loss of step 1."""
     found = {}
-    original = trainer.Updater.gradient
+    original = training_run.Updater.gradient
 
     def spy(self, samples, **keywords):
         sums = original(self, samples, **keywords)
@@ -101,7 +101,7 @@ def gradient_of_first_step(tmp_path, monkeypatch, name, **options):
         found["loss"] = sums.loss.clone()
         return sums
 
-    monkeypatch.setattr(trainer.Updater, "gradient", spy)
+    monkeypatch.setattr(training_run.Updater, "gradient", spy)
     run(tmp_path, name=name, max_steps=1, **options)
     return found
 
@@ -147,13 +147,13 @@ def test_packing_and_token_budgets_do_not_show(tmp_path, monkeypatch, log_z):
 def test_packing_is_chosen_by_measuring(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     kinds = []
-    original = trainer.CausalLMScorer.forward
+    original = training_run.CausalLMScorer.forward
 
     def spy(self, batch, **keywords):
         kinds.append(type(batch).__name__)
         return original(self, batch, **keywords)
 
-    monkeypatch.setattr(trainer.CausalLMScorer, "forward", spy)
+    monkeypatch.setattr(training_run.CausalLMScorer, "forward", spy)
     run(tmp_path, name="llama", max_steps=1)
     assert kinds[-1] == "PackedBatch" and "rows are packed, with sdpa attention" in caplog.text
     run(tmp_path, name="opt", model=tiny_model("opt"), max_steps=1)
@@ -167,7 +167,7 @@ def test_packing_is_chosen_by_measuring(tmp_path, monkeypatch, caplog):
 
 
 def test_a_base_that_cannot_be_packed_keeps_rows_padded(tmp_path, monkeypatch, caplog):
-    original = trainer.make_base
+    original = training_run.make_base
 
     def broken(model, mode):
         base = original(model, mode)
@@ -175,7 +175,7 @@ def test_a_base_that_cannot_be_packed_keeps_rows_padded(tmp_path, monkeypatch, c
         base.scorer.model.forward = lambda **kw: forward(**{"attention_mask": torch.ones_like(kw["input_ids"]), **kw})
         return base
 
-    monkeypatch.setattr(trainer, "make_base", broken)
+    monkeypatch.setattr(training_run, "make_base", broken)
     run(tmp_path, max_steps=1, base="cpu")
     assert "rows are padded instead of packed" in caplog.text
 
@@ -205,9 +205,9 @@ def test_several_updates_per_rollout_weigh_by_the_ratio(tmp_path):
 
 def test_steps_per_generation_uses_each_sample_once(tmp_path, monkeypatch):
     seen = []
-    original = trainer.Updater.gradient
+    original = training_run.Updater.gradient
     monkeypatch.setattr(
-        trainer.Updater,
+        training_run.Updater,
         "gradient",
         lambda self, samples, **k: seen.append(samples.completion_ids) or original(self, samples, **k),
     )
@@ -286,14 +286,14 @@ def test_same_seed_same_run_and_other_seed_another(tmp_path):
 
 
 def test_non_finite_loss_stops_before_the_weights_change(tmp_path, monkeypatch):
-    original = trainer.Updater.score_base
+    original = training_run.Updater.score_base
     calls = []
 
     def infinite_later(self, samples):
         calls.append(len(samples))
         return original(self, samples) * (float("inf") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(trainer.Updater, "score_base", infinite_later)
+    monkeypatch.setattr(training_run.Updater, "score_base", infinite_later)
     model, seen = tiny_model(), {}
     with pytest.raises(NonFiniteLossError, match=r"step 3: loss (nan|inf).*after step 2 is in") as caught:
         run(
@@ -311,7 +311,7 @@ def test_non_finite_loss_stops_before_the_weights_change(tmp_path, monkeypatch):
 
 
 def test_non_finite_gradient_keeps_finite_weights(tmp_path, monkeypatch):
-    original = trainer.Updater.gradient
+    original = training_run.Updater.gradient
 
     def spoiled(self, samples, **keywords):
         sums = original(self, samples, **keywords)
@@ -321,7 +321,7 @@ def test_non_finite_gradient_keeps_finite_weights(tmp_path, monkeypatch):
         return sums
 
     spoiled.calls = 0
-    monkeypatch.setattr(trainer.Updater, "gradient", spoiled)
+    monkeypatch.setattr(training_run.Updater, "gradient", spoiled)
     model = tiny_model()
     with pytest.raises(NonFiniteLossError, match=r"step 2: .*gradient norm nan.*after step 1 is in") as caught:
         run(tmp_path, model=model, on_nonfinite="stop")

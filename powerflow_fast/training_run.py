@@ -1,0 +1,485 @@
+"""One training run: sample from the policy, score under p_base, take LA-TB steps, show what happens, save.
+
+accelerate places the model on its devices, wraps it for several processes, casts, reduces gradients and feeds trackers.
+Its ``save_state`` is not used: it writes pickles, and checkpoints here are safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from . import report
+from .alarms import Alarms
+from .checkpoint import checkpoint_step, disk_full, latest_checkpoint, prepare_output_dir
+from .config import PowerFlowConfig
+from .data import PromptDataset, encode_prompt, load_prompts, prompt_indices
+from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RolloutError, RunStopped
+from .faults import Abandoned, StopRequest, may_skip, non_finite_error
+from .liger import apply_liger
+from .models import (
+    CausalLMScorer,
+    load_model,
+    make_base,
+    pad_token_id,
+    weights_fingerprint,
+)
+from .optim import make_optimizer
+from .partition import LogZHead
+from .preparation import (
+    check_prompts,
+    choose_packing,
+    digest,
+    make_accelerator,
+    prepare_model,
+    prompt_text,
+    seed_of,
+)
+from .results import write_results
+from .rewards import format_penalties, resolve_format
+from .rollout import Rollout, seeded
+from .rollout_choice import check_rollout_config, logp_gap, make_engine
+from .run_log import RunLog
+from .run_state import RunState, find_checkpoint
+from .self_check import self_check
+from .sharding import check_sharding, gathered, shard, whole, whole_number
+from .throughput import Throughput
+from .update import Policy, Samples, Updater
+
+__all__ = ["EvalFn", "Run", "StepReport", "TrainResult"]
+
+logger = logging.getLogger(__name__)
+
+EvalFn = Callable[[nn.Module, Any, int], dict[str, float]]
+
+
+class StepReport(NamedTuple):
+    """What a callback gets after each optimiser step."""
+
+    step: int
+    metrics: dict[str, float]
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The trained model (in eval mode), its tokenizer, one dict per logged step, and the folder of the run."""
+
+    model: nn.Module
+    tokenizer: Any
+    history: list[dict[str, float]]
+    output_dir: Path
+
+    @property
+    def model_dir(self) -> Path:
+        """Loads with ``AutoModelForCausalLM.from_pretrained``; a LoRA run is merged into it."""
+        return self.output_dir / "model"
+
+
+class Run:
+    """State of one call of ``train``, built in the order in which things can go wrong most cheaply."""
+
+    def __init__(self, model, prompts, config: PowerFlowConfig, format_fn, eval_fn, callbacks, tokenizer):
+        self.config, self.alpha = config, config.require_alpha()
+        self.format_fn, self.eval_fn, self.callbacks = resolve_format(format_fn), eval_fn, callbacks
+        self.dataset: PromptDataset = load_prompts(prompts)
+        self.accelerator = make_accelerator(config)
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.is_main = self.accelerator.is_main_process
+        if config.fsdp:
+            check_sharding(config, self.world)
+        self.prompts_per_rollout = config.prompts_per_generation(self.world)
+        config.check_groups(self.world)
+        check_rollout_config(config)
+        self.total_steps = config.total_steps(len(self.dataset), self.world)
+        self.resume_from = find_checkpoint(config)
+
+        weights_dtype = config.dtype
+        if weights_dtype == "auto" and not config.use_peft:
+            # A step of 1e-6 disappears in a bfloat16 weight: what is trained is kept in fp32, and bf16 is autocast.
+            weights_dtype = "float32"
+        loaded = load_model(model, tokenizer=tokenizer, dtype=weights_dtype, trust_remote_code=config.trust_remote_code)
+        self.tokenizer, self.model_name = loaded.tokenizer, loaded.name
+        self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
+        check_prompts(self.dataset, self.tokenizer, loaded.model, config, self._encode_options)
+        self.model = prepare_model(loaded.model, config).to(self.accelerator.device)
+        self.unpatch = lambda: None
+        try:
+            self._build()
+        except BaseException:
+            self.unpatch()
+            raise
+
+    # Set-up
+
+    def _build(self) -> None:
+        """Everything that needs the model: base, engine, optimiser, scheduler, check, output folder, resumed state."""
+        from transformers import get_scheduler
+
+        config, accelerator = self.config, self.accelerator
+        # Before anything is loaded over the weights: p_base is the model as it was given.
+        self.base = make_base(self.model, config.base)
+        on_device = [self.model] if self.base.mode == "cpu" else [self.model, self.base.scorer.model]
+        self.unpatch = apply_liger(on_device, config.use_liger_kernel, accelerator.device)
+        scorer = CausalLMScorer(self.model)
+        head = None
+        if config.log_z == "learned":
+            with seeded(config.seed, torch.device("cpu")):
+                head = LogZHead(scorer.head.weight.shape[1], num_layers=config.log_z_num_layers)
+            head.to(accelerator.device)
+        self.policy = Policy(scorer, head)
+        first_prompts = [self._encode(i) for i in range(min(4, len(self.dataset)))]
+        self.engine = make_engine(self.model, self.tokenizer, config, accelerator, probe_prompts=first_prompts)
+        self.engine.sync(0)
+        self.rollout_logps: list[list[float]] | None = None
+        if config.self_check:
+            self_check(
+                scorer,
+                self.tokenizer,
+                temperature=config.temperature,
+                sample_prompts_ids=first_prompts,
+                engine=self.engine,
+                autocast=accelerator.autocast,
+            )
+        packing = choose_packing(config, scorer, self.base, accelerator=accelerator, sample_prompts_ids=first_prompts)
+        if config.fsdp:
+            shard(self.policy, self.model, accelerator.device)
+        trained = [p for p in scorer.parameters() if p.requires_grad]
+        optimizer = make_optimizer(trained, head, config, accelerator.device)
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        identity = {
+            "prompts": self.dataset.fingerprint,
+            "chat_template": digest(getattr(self.tokenizer, "chat_template", None)),
+            "format_fn": getattr(self.format_fn, "__qualname__", None),
+            "base_model": weights_fingerprint(self.base.scorer.model),
+            "num_processes": self.world,
+        }
+        self.state = RunState(self.policy, optimizer, self.scheduler, config, identity)
+        self.step, self.samples = 0, None
+        if self.resume_from is not None:
+            self.step, self.samples = self.state.load(self.resume_from, self.rank)
+            newest = latest_checkpoint(config.output_dir)
+            if newest is not None and checkpoint_step(newest) > self.step:
+                raise OutputDirError(
+                    f"output_dir {config.output_dir} holds {newest.name}, later than {self.resume_from}: continue from "
+                    "there with resume_from_checkpoint=True, or branch off into another output_dir"
+                )
+        elif config.resume_from_checkpoint:
+            logger.warning("no checkpoint in %s yet: the run starts at step 1", config.output_dir)
+        self.saved_step = self.step
+        self.alarms = Alarms(config, warn=self.is_main)
+        if "alarms" in self.state.counters:
+            self.alarms.load_state_dict(self.state.counters["alarms"])
+        # A sharded policy is its own wrapper; otherwise accelerate's synchronises several devices.
+        self.wrapped = self.policy if config.fsdp else accelerator.prepare(self.policy)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.updater = Updater(
+            self.wrapped,
+            self.base,
+            accelerator,
+            config,
+            alpha=self.alpha,
+            pad_id=pad_token_id(self.tokenizer, self.model),
+            packing=packing,
+        )
+
+        resuming = self.config.resume_from_checkpoint not in (None, False)
+        record = {"config": config.to_dict(), "model": self.model_name, "prompts": self.dataset.description, **identity}
+        self.output_dir = Path(config.output_dir)
+        if self.is_main:
+            prepare_output_dir(self.output_dir, run_record=record, resume=resuming)
+        accelerator.wait_for_everyone()
+        if config.trackers:
+            accelerator.init_trackers(
+                config.run_name or "powerflow",
+                config={k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))},
+            )
+
+    def _encode(self, index: int) -> list[int]:
+        ids = encode_prompt(self.dataset[index], self.tokenizer, **self._encode_options)
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= rows:
+            raise ModelError(
+                f"{self.dataset[index].where}: the tokenizer gives token id {max(ids)}, but the model embeds {rows} "
+                "tokens; use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
+            )
+        return ids
+
+    # The loop
+
+    def train(self) -> TrainResult:
+        # A run from the start keeps no rows of one that was killed before its first checkpoint.
+        first = None if self.resume_from is None else self.step
+        self.log = RunLog(self.output_dir, self.config, self.accelerator, total=self.total_steps, first=first)
+        with StopRequest() as self.stop_request:
+            try:
+                before = self._samples_before()
+                self._loop()
+                self._save()
+                self._heed_signals()
+                self._evaluate(record_always=True)
+                self._finish(before)
+                self._heed_signals()
+            except Abandoned:
+                self._stopped()
+            except (OSError, SafetensorError) as error:
+                if isinstance(error, PowerFlowError) or (reason := disk_full(error, self.output_dir)) is None:
+                    raise
+                remedy = "Free some space, then run the same with resume_from_checkpoint=True"
+                raise OutputDirError(f"output_dir {self.output_dir}: {reason}. {remedy}") from error
+            finally:
+                self.unpatch()
+                self.log.close()
+        return TrainResult(self.model, self.tokenizer, self.log.history, self.output_dir)
+
+    def _loop(self) -> None:
+        config = self.config
+        if self.step == 0:
+            self._evaluate(record_always=True)
+        stop = self.step >= self.total_steps
+        cuda = self.accelerator.device.type == "cuda"
+        device_name = torch.cuda.get_device_name(self.accelerator.device) if cuda else "cpu"
+        self.throughput = Throughput(self.policy.scorer, device_name, self.world)
+        if stop:
+            logger.warning("nothing to do: the checkpoint is at step %d of %d", self.step, self.total_steps)
+        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        while not stop:
+            rollout_number, update = divmod(self.step, config.updates_per_generation)
+            timings = {"rollout": 0.0, "score": 0.0}
+            self._heed_signals()
+            if update == 0:
+                with self._abandonable():
+                    self.samples = self._rollout(rollout_number, timings)
+            parts = list(self.samples.split(per_step))
+            part = parts[update % len(parts)]
+            # An untrained head starts at the best constant; a first step that is skipped leaves it untrained.
+            if self.policy.log_z_head is not None and not self.optimizer.state:
+                self._warm_start(part)
+            logged = (self.step + 1) % config.logging_steps == 0 or self.step + 1 == self.total_steps
+            skipped = self.state.counters.get("skipped_steps", 0)
+            metrics = self._step(part, first=update == 0, logged=logged, timings=timings)
+            self.step += 1
+            if logged:
+                metrics |= self.throughput.metrics()
+            if logged or metrics["skipped_steps"] > skipped:
+                self.log.record(self.step, metrics, progress=True)
+            if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.total_steps:
+                self._evaluate()
+            step_report = StepReport(self.step, metrics, self.model)
+            stop = any([callback(step_report) for callback in self.callbacks]) or self.step >= self.total_steps
+            if config.save_steps and self.step % config.save_steps == 0 and not stop:
+                self._save()
+        self.log.end_progress()
+
+    def _abandonable(self) -> AbstractContextManager[None]:
+        return self.stop_request.abandonable(self.world == 1)
+
+    def _heed_signals(self) -> None:
+        """Leave the loop if any process was asked to; all of them do so before the same step."""
+        asked = self.stop_request.signal is not None
+        if self.world > 1:
+            asked = bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)))
+        if asked:
+            raise Abandoned
+
+    def _stopped(self) -> NoReturn:
+        """Save and say how to go on; a SIGINT then is the KeyboardInterrupt that callers expect."""
+        self.log.end_progress()
+        if self.step > self.saved_step:
+            self._save()
+        name = signal.SIGTERM.name if self.stop_request.signal is None else self.stop_request.signal.name
+        kept = self.output_dir / f"checkpoint-{self.step}" if self.step else None
+        if self.is_main:
+            state = f"step {self.step} of {self.total_steps} is saved in {kept}" if kept else "no step was made yet"
+            logger.warning("%s: %s; to go on, run the same with resume_from_checkpoint=True", name, state)
+        if self.stop_request.signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        raise RunStopped(str(kept) if kept else None)
+
+    def _rollout(self, number: int, timings: dict[str, float]) -> Samples:
+        """Completions for this device's share of rollout ``number``, scored under p_base and, if needed, the policy."""
+        config, k = self.config, self.config.num_generations
+        started = time.perf_counter()
+        indices = prompt_indices(number, self.prompts_per_rollout, len(self.dataset), config.seed)
+        share = len(indices) // self.world
+        indices = indices[self.rank * share : (self.rank + 1) * share] if self.world > 1 else indices
+        prompts = [ids for i in indices for ids in [self._encode(i)] * k]
+        with gathered(self.policy):
+            rollout = self._draw(prompts, number, self.rank)
+        self.rollout_logps = rollout.logps
+        timings["rollout"] = time.perf_counter() - started
+        started = time.perf_counter()
+        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+        samples = Samples(
+            rollout.prompt_ids,
+            rollout.completion_ids,
+            rollout.finished,
+            group_ids=torch.arange(len(indices)).repeat_interleave(k),
+            psi=self._format_penalties(indices, texts),
+        ).to(self.accelerator.device)
+        samples.base_logps = self.updater.score_base(samples)
+        if config.use_rollout_logps:
+            samples.old_logps = torch.tensor([sum(row) for row in rollout.logps], device=samples.psi.device)
+        elif config.updates_per_generation > 1:
+            samples.old_logps = self.updater.policy_sums(samples)
+        timings["score"] = time.perf_counter() - started
+        self.log.completions(number, indices, texts)
+        return samples
+
+    def _draw(self, prompts: list[list[int]], number: int, rank: int) -> Rollout:
+        """Completions from the weights as they are after ``self.step`` steps, and from no older ones."""
+        self.engine.sync(self.step)
+        wanted = self.engine.logps_are_free or self.config.use_rollout_logps
+        rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, number, rank), return_logps=wanted)
+        if rollout.weight_version != self.step:
+            raise RolloutError(
+                f"train: the {self.engine.name} engine sampled from the weights of step {rollout.weight_version}, "
+                f"not of step {self.step}"
+            )
+        return rollout
+
+    def _format_penalties(self, indices: list[int], texts: list[str]) -> torch.Tensor:
+        rows = [self.dataset[i] for i in indices for _ in range(self.config.num_generations)]
+        prompts, columns = [row.prompt for row in rows], [row.extra for row in rows]
+        psi = format_penalties(self.format_fn, prompts, texts, columns, penalty=self.config.format_penalty)
+        return torch.tensor(psi, dtype=torch.float32)
+
+    def _warm_start(self, samples: Samples) -> None:
+        constant = self.updater.mean_target(samples)
+        if math.isfinite(constant):  # else the step's gradient is not finite either, and it is dealt with there
+            self.policy.log_z_head.warm_start(constant)
+
+    def _step(self, samples: Samples, *, first: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
+        """One optimiser step, the ``first`` on its rollout or not; none where loss or gradient are not finite."""
+        on_policy = first and not self.config.use_rollout_logps
+        started = time.perf_counter()
+        self.wrapped.train()
+        with self._abandonable():
+            sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
+        max_norm = self.config.max_grad_norm or float("inf")
+        grad_norm = whole_number(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
+        loss = float(self.accelerator.reduce(sums.loss, reduction="sum"))
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        bad = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
+        # Reduced numbers are everyone's, but a wrapper may compute the norm on its own: one that skips makes all skip.
+        if self.accelerator.reduce(torch.tensor(float(bad is not None), device=self.accelerator.device)) > 0:
+            if not may_skip(self.config, self.state.counters):
+                self._stop_non_finite(bad or "grad_norm", metrics)
+            if self.is_main:
+                logger.warning("step %d is skipped: %s is %s", self.step + 1, bad, metrics.get(bad))
+        else:
+            self.optimizer.step()
+            total = torch.nn.utils.get_total_norm([p.detach() for p in self.policy.parameters() if p.requires_grad])
+            if not math.isfinite(whole_number(total)):
+                self._stop_non_finite("weights", metrics)
+            self.scheduler.step()
+            self.state.counters["skipped_in_a_row"] = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        timings["update"] = time.perf_counter() - started
+        metrics["skipped_steps"] = self.state.counters.get("skipped_steps", 0)
+        if logged:
+            metrics |= self.updater.metrics(samples, sums)
+            metrics |= self.alarms.check(self.step + 1, metrics)
+            self.state.counters["alarms"] = self.alarms.state_dict()
+        if first and self.rollout_logps is not None:
+            # Both are of the weights that sampled. The sequences of this first step come first in the rollout.
+            metrics |= logp_gap(self.rollout_logps[: len(samples)], sums.token_logps, self.accelerator)
+        self.throughput.add(timings, sum(map(len, samples.prompt_ids)), sum(samples.lengths))
+        metrics |= {f"seconds/{name}": value for name, value in timings.items()}
+        return metrics
+
+    def _stop_non_finite(self, metric: str, metrics: dict[str, float]) -> NoReturn:
+        # Where there is a checkpoint, nothing newer goes over it: the run may have been on its way here for a while.
+        if metric != "weights" and self.step > 0 and self.saved_step == 0:
+            self._save()
+        kept = latest_checkpoint(self.output_dir)
+        raise non_finite_error(self.step + 1, metric, metrics, kept, self.state.counters)
+
+    # What people see
+
+    def _evaluate(self, *, record_always: bool = False) -> None:
+        if self.eval_fn is None or not (record_always or self.config.eval_steps):
+            return
+        scores = None
+        with gathered(self.policy), torch.no_grad(), self._abandonable():
+            if self.is_main:
+                self.model.eval()
+                scores = self.eval_fn(self.model, self.tokenizer, self.step)
+        if self.is_main:
+            try:
+                numbers = {f"eval/{name}": float(value) for name, value in scores.items()}
+            except (AttributeError, TypeError, ValueError):
+                raise ConfigError(f"eval_fn must return a dict of numbers, got {scores!r}") from None
+            self.log.record(self.step, numbers)
+        self.accelerator.wait_for_everyone()
+
+    def _draw_samples(self, count: int) -> list[report.Sample]:
+        """The same prompts and seed whenever it is called, so that before and after can be compared."""
+        if not count:
+            return []
+        prompts = [self._encode(i) for i in range(count)]
+        with gathered(self.policy):
+            if not self.is_main:
+                return []
+            rollout = self._draw(prompts, 0, 0)
+        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+        return [report.Sample(prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
+
+    def _samples_before(self) -> list[report.Sample]:
+        path = self.output_dir / "samples_before.json"
+        resumed = path.is_file()
+        self.accelerator.wait_for_everyone()  # until all have looked, nobody writes it
+        if resumed:  # a resumed run: its policy is no longer the one from before
+            return [report.Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
+        samples = self._draw_samples(min(self.config.num_sample_prompts, len(self.dataset)))
+        if self.is_main:
+            rows = [asdict(sample) for sample in samples]
+            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+        return samples
+
+    def _save(self) -> None:
+        """A checkpoint at the present step; an unfinished rollout goes with it."""
+        unfinished = self.step % self.config.updates_per_generation != 0
+        self.state.save(self.output_dir, self.step, self.samples if unfinished else None, self.accelerator)
+        self.saved_step = self.step
+
+    def _finish(self, before: list[report.Sample]) -> None:
+        from accelerate.utils import broadcast_object_list
+
+        self.model.eval()
+        after = self._draw_samples(broadcast_object_list([len(before)])[0])
+        head = self.policy.log_z_head
+        head_weights = None if head is None else whole(head.state_dict())
+        weights = whole(self.model.state_dict()) if self.config.fsdp else None
+        if self.is_main:
+            write_results(
+                self.output_dir,
+                self.model,
+                self.tokenizer,
+                self.log.history,
+                samples=(before, after),
+                weights=weights,
+                log_z_weights=head_weights,
+                alpha=self.alpha,
+                base_model=self.model_name,
+                data_description=self.dataset.description,
+                config=self.config,
+            )
+        self.accelerator.wait_for_everyone()
