@@ -389,7 +389,7 @@ class PowerFlowConfig:
 
 def suggest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of ``names``, or an empty string."""
-    near = difflib.get_closematches(name, list(names), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
