@@ -19,6 +19,19 @@ PROMPTS = ragged_ids([9, 4, 12], seed=2)
 GAPS = ("rollout_logp_gap_mean", "rollout_logp_gap_max")
 
 
+@pytest.fixture
+def pays(monkeypatch):
+    """As on a GPU, where continuous batching is worth a probe."""
+    monkeypatch.setattr(rollout_choice, "continuous_pays", lambda device: True)
+
+
+def test_auto_takes_generate_on_a_cpu(caplog):
+    name, messages = choose(tiny_model(), caplog)
+    assert name == "hf" and messages == [
+        "rollout_engine='auto' chose 'hf': continuous batching takes four times as long as generate on a CPU"
+    ]
+
+
 def choose(model, caplog, **options):
     config = PowerFlowConfig(max_prompt_length=16, max_completion_length=8, **options)
     with caplog.at_level(logging.INFO, logger="powerflow_fast"):
@@ -26,7 +39,7 @@ def choose(model, caplog, **options):
     return engine.name, [r.message for r in caplog.records if "rollout_engine" in r.message]
 
 
-def test_auto_takes_continuous_batching_where_it_is_right(caplog):
+def test_auto_takes_continuous_batching_where_it_is_right(pays, caplog):
     name, lines = choose(tiny_model("qwen2"), caplog)
     assert name == "continuous"
     assert lines == [
@@ -34,14 +47,14 @@ def test_auto_takes_continuous_batching_where_it_is_right(caplog):
     ]
 
 
-def test_auto_finds_a_wrong_distribution_by_measuring(caplog):
+def test_auto_finds_a_wrong_distribution_by_measuring(pays, caplog):
     """Gemma 2's attention softcap is missing from transformers' paged attention."""
     name, lines = choose(tiny_model("gemma2"), caplog)
     assert name == "hf"
     assert len(lines) == 1 and "does not draw from this model's distribution" in lines[0]
 
 
-def test_auto_without_support(caplog, monkeypatch):
+def test_auto_without_support(pays, caplog, monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(type(model), "init_continuous_batching", None)
     name, lines = choose(model, caplog)
