@@ -111,12 +111,13 @@ class LinearLogprobsFunction(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, labels, bias, None, None, None, *out[:3])
             return out.logp
         # the budget is for rows that count; to find them the host waits for the device
-        rows = (labels != ignore_index).nonzero()[:, 0][:count]
-        exps = implementation.linear_logprob_fwd_exps(hidden[rows], weight, labels[rows], bias, transform)
-        rest = labels.index_fill(0, rows, ignore_index)
-        out = implementation.linear_logprob_fwd(hidden, weight, rest, bias, transform, ignore_index)
-        ctx.save_for_backward(hidden, weight, rest, bias, rows, exps.exps, exps.scale, *out[:3])
-        return out.logp.index_copy(0, rows, exps.logp)
+        rows = (labels != ignore_index).nonzero()[:, 0]
+        kept, rest = rows[:count], rows[count:]
+        exps = implementation.linear_logprob_fwd_exps(hidden[kept], weight, labels[kept], bias, transform)
+        out = implementation.linear_logprob_fwd(hidden[rest], weight, labels[rest], bias, transform, ignore_index)
+        ctx.save_for_backward(hidden, weight, labels, bias, rows, exps.exps, exps.scale, *out[:3])
+        logp = exps.logp.new_zeros(labels.shape)
+        return logp.index_copy_(0, rows, torch.cat([exps.logp, out.logp]))
 
     @staticmethod
     def backward(ctx, d_logp):
@@ -134,17 +135,22 @@ class LinearLogprobsFunction(torch.autograd.Function):
         hidden, weight, labels, bias, rows, exps, scale, *forward = ctx.saved_tensors
         need_d_hidden, need_d_weight, need_d_bias = (ctx.needs_input_grad[i] for i in (0, 1, 3))
         needs = {"need_d_weight": need_d_weight, "need_d_bias": need_d_bias, "need_d_hidden": need_d_hidden}
-        arguments = (hidden, weight, labels, bias, ctx.transform, ctx.ignore_index, ForwardOutput(*forward), d_logp)
+        options = (bias, ctx.transform, ctx.ignore_index, ForwardOutput(*forward))
         if rows is None:
-            return ctx.implementation.linear_logprob_bwd(*arguments, **needs)
+            return ctx.implementation.linear_logprob_bwd(hidden, weight, labels, *options, d_logp, **needs)
         sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None)
-        d_hidden = ctx.implementation.linear_logprob_bwd(*arguments, **needs, add_to=sums)[0]
-        kept = RowExponentials(d_logp, exps, scale)
-        part = ctx.implementation.linear_logprob_bwd_exps(
-            hidden[rows], weight, kept, d_logp[rows], need_d_hidden=need_d_hidden, add_to=sums
-        )
-        if need_d_hidden:
-            d_hidden.index_copy_(0, rows, part)
+        kept, rest = rows[: exps.shape[0]], rows[exps.shape[0] :]
+        parts = [
+            ctx.implementation.linear_logprob_bwd_exps(
+                *(hidden[kept], weight, RowExponentials(d_logp, exps, scale), d_logp[kept]),
+                need_d_hidden=need_d_hidden,
+                add_to=sums,
+            ),
+            ctx.implementation.linear_logprob_bwd(
+                hidden[rest], weight, labels[rest], *options, d_logp[rest], **needs, add_to=sums
+            )[0],
+        ]
+        d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, torch.cat(parts)) if need_d_hidden else None
         d_weight, d_bias = sums.finished()
         return (
             d_hidden,

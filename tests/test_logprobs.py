@@ -138,12 +138,13 @@ def test_ragged_shapes(backend, n, v, h, check_accuracy):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_rows_and_only_ignored_rows(backend):
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_no_rows_and_only_ignored_rows(backend, cache_bytes):
     for n, labels in ((0, torch.empty(0, dtype=torch.int64)), (3, torch.full((3,), -100))):
         for weight_needs_grad in (False, True):
             hidden = torch.randn(n, 8, requires_grad=True)
             weight = torch.randn(11, 8, requires_grad=weight_needs_grad)
-            logp = linear_logprobs(hidden, weight, labels, backend=backend)
+            logp = linear_logprobs(hidden, weight, labels, backend=backend, cache_bytes=cache_bytes)
             logp.sum().backward()
             assert logp.tolist() == [0.0] * n
             assert hidden.grad.shape == (n, 8) and not hidden.grad.any()
@@ -297,7 +298,7 @@ def test_segment_sum_keeps_the_digits_of_long_sequences():
 
 def test_no_wasted_work(monkeypatch):
     """A frozen head never runs the recomputing backward, and that one makes only the gradients that are needed."""
-    calls = []
+    calls, counts = [], []
 
     def recorded(name):
         function = getattr(chunked, name)
@@ -305,6 +306,7 @@ def test_no_wasted_work(monkeypatch):
         def wrapper(*args, **kwargs):
             needs = {k: v for k, v in kwargs.items() if k.startswith("need_")}
             calls.append((name, needs))
+            counts.append((name, args[0].shape[0]))
             return function(*args, **kwargs)
 
         return wrapper
@@ -328,6 +330,11 @@ def test_no_wasted_work(monkeypatch):
         assert sum(name == "linear_logprob_fwd_exps" for name, _ in calls) == kept
         assert sum(name == "linear_logprob_bwd_exps" for name, _ in calls) == kept
         calls.clear()
+    counts.clear()
+    make_case(torch.float32, ignored=False).run(linear_logprobs, None, cache_bytes=9 * 144 * 4)
+    rows = {name.removeprefix("linear_logprob_"): n for name, n in counts}
+    assert rows == {"fwd_exps": 9, "fwd": 28, "bwd_exps": 9, "bwd": 28}, "each row takes one of the two ways"
+    calls.clear()
     with torch.no_grad():
         linear_logprobs(case.hidden.requires_grad_(), case.weight, case.labels)
     assert [name for name, _ in calls] == ["linear_logprob_fwd"]
