@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from .heads import evaluating, unwrap_peft
 from .models import pad_token_id
 
-__all__ = ["HFGenerateEngine", "Rollout", "RolloutEngine", "checked_prompts", "eos_token_ids", "seeded"]
+__all__ = [
+    "HFGenerateEngine",
+    "ModelEngine",
+    "Rollout",
+    "RolloutEngine",
+    "checked_prompts",
+    "eos_token_ids",
+    "finished_rollout",
+    "places_of",
+    "seeded",
+]
 
 
 @dataclass
@@ -84,22 +94,25 @@ def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return prompts
 
 
-class HFGenerateEngine:
-    """Temperature sampling of the full softmax with ``transformers``' generate.
+def places_of(prompts: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Where each distinct prompt stands in ``prompts``."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(tuple(prompt), []).append(i)
+    return places
 
-    The model's own generation_config (top-k, penalties, forced or banned tokens, ...) is put aside meanwhile, since
-    what is sampled must be what is scored; only its end-of-sequence ids count. Global random state is left as it was.
 
-    Args:
-        temperature: > 0, the one that log-probs are scored at.
-        max_completion_length: most tokens of a completion, end-of-sequence token included.
-        batch_size: sequences decoded at once.
-        eos_ids: None finds them with :func:`eos_token_ids`.
-        autocast: makes the context that the model runs in, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
-    """
+def finished_rollout(
+    engine: Any, prompts: list[list[int]], completions: list[list[int]], logps: list[list[float]] | None
+) -> Rollout:
+    """The rollout of an engine; a completion is finished that ends with one of its end-of-sequence tokens."""
+    eos = set(engine.eos_ids)
+    finished = [bool(ids) and ids[-1] in eos for ids in completions]
+    return Rollout(prompts, completions, finished, logps, engine.weight_version)
 
-    name = "hf"
-    logps_are_free = False  # they are made from every step's scores, (batch, vocabulary) each
+
+class ModelEngine:
+    """What engines share that sample the trained model itself; the arguments are `HFGenerateEngine`'s."""
 
     def __init__(
         self,
@@ -124,6 +137,24 @@ class HFGenerateEngine:
     def sync(self, version: int) -> None:
         """See :meth:`RolloutEngine.sync`; the model itself is sampled, so there is nothing to send."""
         self.weight_version = version
+
+
+class HFGenerateEngine(ModelEngine):
+    """Temperature sampling of the full softmax with ``transformers``' generate.
+
+    The model's own generation_config (top-k, penalties, forced or banned tokens, ...) is put aside meanwhile, since
+    what is sampled must be what is scored; only its end-of-sequence ids count. Global random state is left as it was.
+
+    Args:
+        temperature: > 0, the one that log-probs are scored at.
+        max_completion_length: most tokens of a completion, end-of-sequence token included.
+        batch_size: sequences decoded at once.
+        eos_ids: None finds them with :func:`eos_token_ids`.
+        autocast: makes the context that the model runs in, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
+    """
+
+    name = "hf"
+    logps_are_free = False  # they are made from every step's scores, (batch, vocabulary) each
 
     @torch.no_grad()
     def generate(
@@ -152,9 +183,7 @@ class HFGenerateEngine:
                 if scores is not None:
                     for i, row, length in zip(rows, scores.tolist(), lengths, strict=True):
                         logps[i] = row[:length]
-        eos = set(self.eos_ids)
-        finished = [bool(ids) and ids[-1] in eos for ids in completions]
-        return Rollout(prompts, completions, finished, logps if return_logps else None, self.weight_version)
+        return finished_rollout(self, prompts, completions, logps if return_logps else None)
 
     def _generate_batch(
         self, lm: nn.Module, prompts: list[list[int]], limit: int, device: torch.device, return_logps: bool

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import ConfigError, RolloutError
 from .heads import evaluating, unwrap_peft
-from .models import pad_token_id
-from .rollout import Rollout, checked_prompts, eos_token_ids, seeded
+from .rollout import ModelEngine, Rollout, checked_prompts, finished_rollout, places_of, seeded
 
 __all__ = ["ContinuousBatchingEngine"]
 
@@ -25,7 +23,7 @@ __all__ = ["ContinuousBatchingEngine"]
 _PAGE, _FLASH_PAGE = 16, 256
 
 
-class ContinuousBatchingEngine:
+class ContinuousBatchingEngine(ModelEngine):
     """Temperature sampling of the full softmax with ``transformers``' continuous batching.
 
     Equal prompts that all come equally often are prefilled once. The attention implementation, the training flags and
@@ -46,33 +44,9 @@ class ContinuousBatchingEngine:
     name = "continuous"
     logps_are_free = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        temperature: float,
-        max_completion_length: int,
-        batch_size: int,
-        cache_tokens: int,
-        max_batch_tokens: int,
-        eos_ids: Sequence[int] | None = None,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ):
-        self.model = model
-        self.temperature = temperature
-        self.max_completion_length = max_completion_length
-        self.batch_size = batch_size
-        self.cache_tokens = cache_tokens
-        self.max_batch_tokens = max_batch_tokens
-        self.eos_ids = eos_token_ids(model, tokenizer) if eos_ids is None else list(eos_ids)
-        self.pad_id = pad_token_id(tokenizer, model)
-        self.autocast = autocast
-        self.weight_version: int | None = None
-
-    def sync(self, version: int) -> None:
-        """See :meth:`RolloutEngine.sync`; the model itself is sampled, so there is nothing to send."""
-        self.weight_version = version
+    def __init__(self, *args: Any, cache_tokens: int, max_batch_tokens: int, **options: Any):
+        super().__init__(*args, **options)
+        self.cache_tokens, self.max_batch_tokens = cache_tokens, max_batch_tokens
 
     def generate(
         self,
@@ -97,9 +71,7 @@ class ContinuousBatchingEngine:
                 f"ContinuousBatchingEngine: cache_tokens={self.cache_tokens} must hold the longest prompt and its "
                 f"completion, {longest} tokens; raise rollout_cache_tokens"
             )
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            rows.setdefault(tuple(prompt), []).append(i)
+        rows = places_of(prompts)
         if len({len(r) for r in rows.values()}) > 1:  # the manager knows one number of completions for all prompts
             requests, places = prompts, [[i] for i in range(len(prompts))]
         else:
@@ -113,14 +85,8 @@ class ContinuousBatchingEngine:
             for child, i in enumerate(where):
                 outputs[i] = results[request, child]
         completions = [list(output.generated_tokens) for output in outputs]
-        eos = set(self.eos_ids)
-        return Rollout(
-            prompts,
-            completions,
-            [bool(ids) and ids[-1] in eos for ids in completions],
-            [list(output.logprobs) for output in outputs] if return_logps else None,
-            self.weight_version,
-        )
+        logps = [list(output.logprobs) for output in outputs] if return_logps else None
+        return finished_rollout(self, prompts, completions, logps)
 
     @torch.no_grad()
     def _run(

@@ -25,7 +25,7 @@ from .config import PowerFlowConfig
 from .errors import ConfigError, RolloutError
 from .heads import unwrap_peft
 from .models import pad_token_id
-from .rollout import Rollout, checked_prompts, eos_token_ids
+from .rollout import Rollout, checked_prompts, eos_token_ids, finished_rollout, places_of
 
 __all__ = ["VLLMEngine", "named_weights"]
 
@@ -100,9 +100,7 @@ class VLLMEngine:
         prompts = checked_prompts(prompts)
         if self.weight_version is None:
             raise RolloutError("VLLMEngine: no weights were sent yet, or sending them failed; call sync(version) first")
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            rows.setdefault(tuple(prompt), []).append(i)
+        rows = places_of(prompts)
         # A seed for each request: with one for all, vLLM would draw every prompt with the same noise.
         seeds = numpy.random.SeedSequence(seed).generate_state(len(rows), numpy.uint32) >> 1
         requests = [
@@ -128,9 +126,7 @@ class VLLMEngine:
                 )
             for i, (ids, row) in zip(where, drawn, strict=True):
                 completions[i], logps[i] = ids, row
-        eos = set(self.eos_ids)
-        finished = [bool(ids) and ids[-1] in eos for ids in completions]
-        return Rollout(prompts, completions, finished, logps if return_logps else None, self.weight_version)
+        return finished_rollout(self, prompts, completions, logps if return_logps else None)
 
 
 @torch.no_grad()
