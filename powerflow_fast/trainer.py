@@ -48,8 +48,8 @@ def train(
         :class:`TrainResult`. ``output_dir`` then holds ``model/`` (plain safetensors, with a model card),
         ``history.jsonl``, ``history.png``, ``samples.md``, ``run.json`` and ``checkpoint-<step>/``.
 
-    ``torchrun`` runs it on several devices, see docs/scaling.md. On one machine the numbers are a function of the config, the
-    prompts and the weights: a run that was killed and resumed ends with the same bits on a CPU.
+    ``torchrun`` runs it on several devices, see docs/scaling.md. On one machine the numbers are a function of the
+    config, the prompts and the weights: a run that was killed and resumed ends with the same bits on a CPU.
 
     Raises:
         ConfigError, DataError, ModelError, SelfCheckError, OutputDirError, CheckpointError: before the first step.
