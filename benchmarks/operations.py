@@ -15,10 +15,12 @@ from loss_case import LossCase, loss_errors, loss_inputs, loss_reference
 from loss_peers import loss_providers, loss_step
 from measure import Outputs
 from providers import Provider
+from rollout_case import RolloutCase, rollout_errors, rollout_inputs, rollout_reference
+from rollout_peers import ROLLOUT_PROVIDERS, rollout_step
 from update_case import UpdateCase, update_errors, update_inputs, update_reference
 from update_peers import UPDATE_PROVIDERS, update_step
 
-Case = HeadCase | LossCase | LaTbCase | UpdateCase
+Case = HeadCase | LossCase | LaTbCase | UpdateCase | RolloutCase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,17 @@ OPERATIONS = {
         update_step,
         {"loss_rel_err": 1e-4, "grad_rel_err": 1e-4},
         {"cpu": ["tests/test_objectives.py", "tests/test_partition.py", "tests/test_models.py", "-k", _UPDATE_TESTS]},
+        whole_model=True,
+    ),
+    RolloutCase.op: Operation(
+        RolloutCase,
+        rollout_inputs,
+        rollout_reference,
+        rollout_errors,
+        lambda device, dtype: ROLLOUT_PROVIDERS,
+        rollout_step,
+        {},
+        {"cpu": ["tests/test_rollout.py", "tests/test_rollout_continuous.py"]},
         whole_model=True,
     ),
 }

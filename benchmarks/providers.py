@@ -39,7 +39,7 @@ class Provider:
             return "ours"
         if self.name.startswith("gemm"):
             return "floor"
-        return "baseline" if self.name.startswith(("naive", "eager")) else "peer"
+        return "baseline" if self.name.startswith(("naive", "eager", "generate")) else "peer"
 
 
 def package(name: str) -> types.ModuleType:

@@ -35,6 +35,7 @@ from results import (  # noqa: E402
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STALE = "†"
 HEAD = "linear_logprobs"
+WHOLE_MODEL = ("update", "rollout")
 STALE_NOTE = f"{STALE} measured before the last change of these sources."
 
 
@@ -151,7 +152,9 @@ COLUMNS: dict[str, Column] = {
     "÷ bare GEMMs": lambda r, c: ratio(r, floor(c)),
     "useful FLOP/s": _rate,
     "executed ÷ useful": _executed,
-    "tokens/s": lambda r, _: f"{r['n'] / r['ms_p50'] * 1e3:.0f}" if r["op"] == "update" else "",
+    "tokens/s": lambda r, _: f"{r.get('tokens', r['n']) / r['ms_p50'] * 1e3:.0f}" if r["op"] in WHOLE_MODEL else "",
+    "generated tokens": lambda r, _: str(r.get("tokens", "")),
+    "longest": lambda r, _: str(r.get("longest", "")),
     "extra memory": lambda r, _: "" if r["kind"] == "floor" else show_memory(r["peak_extra_mib"]),
     "max error": _error("logp_max_err"),
     "sum error": _error("sum_err"),

@@ -8,6 +8,7 @@ from head_case import HeadCase
 from la_tb_case import LaTbCase
 from loss_case import LossCase
 from operations import Case
+from rollout_case import RolloutCase
 from update_case import UpdateCase
 
 CPU_SHAPES = ((1024, 151936, 896), (2048, 49152, 576))
@@ -45,9 +46,14 @@ SUITES: dict[str, list[Case]] = {
     "cpu-n": [HeadCase(n, *CPU_SHAPES[1][1:], dtype="fp32") for n in (256, 512, 1024, 2048, 4096)],
     "cpu-v": [HeadCase(1024, v, 576, dtype="fp32") for v in (8192, 16384, 32768, 65536, 131072)],
     "cpu-update": [UpdateCase("SmolLM2-135M", dtype, sequences=16, prompt=32, completion=128) for dtype in CPU_DTYPES],
+    "cpu-rollout": [
+        RolloutCase("SmolLM2-135M", "bf16", requests, places, prompt=32, completion=128)
+        for requests, places in ((32, 32), (32, 8), (128, 32))
+    ],
     "gpu": _gpu_main(),
     "gpu-loss": [LossCase(8192, v, h, b=16) for v, h in GPU_HEADS],
     "gpu-n": _gpu_n(),
+    "gpu-rollout": [RolloutCase("Qwen2.5-1.5B", "bf16", requests, 64, 128, 1024) for requests in (64, 256)],
     "gpu-update": [UpdateCase("Qwen2.5-1.5B", "bf16", sequences=16, prompt=128, completion=1536)],
     "la-tb": [
         LaTbCase(n, b, off_policy) for n, b in ((16384, 64), (65536, 64), (65536, 1024)) for off_policy in (False, True)

@@ -68,10 +68,10 @@ class UpdateCase:
     l2 = "hot"
 
     def lengths(self) -> list[int]:
-        """Between a quarter of the longest completion and all of it; one is the longest."""
+        """Between a quarter of the longest completion and all of it, their logarithm uniform; one is the longest."""
         share = torch.rand(self.sequences, generator=torch.Generator().manual_seed(0))
         share[-1] = 1.0
-        return [max(1, round(self.completion * (0.25 + 0.75 * s))) for s in share.tolist()]
+        return [max(1, round(self.completion * 4 ** (s - 1))) for s in share.tolist()]
 
     @property
     def n(self) -> int:
@@ -129,14 +129,20 @@ def sharing(model: Any) -> Any:
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
-def update_inputs(case: UpdateCase, device: torch.device, *, seed: int = 0) -> UpdateInputs:
+def random_model(name: str, device: torch.device, *, seed: int) -> Any:
+    """Random fp32 weights in the shape of one of ``MODELS``."""
     import transformers  # here, so that the other suites run without it
 
-    shape = dict(MODELS[case.model])
+    shape = dict(MODELS[name])
     config = transformers.AutoConfig.for_model(shape.pop("model_type"), **_COMMON, **shape)
     torch.manual_seed(seed)
     with torch.device(device):
-        policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def update_inputs(case: UpdateCase, device: torch.device, *, seed: int = 0) -> UpdateInputs:
+    policy = random_model(case.model, device, seed=seed)
+    config = policy.config
     base = copy.deepcopy(policy).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in base.parameters():  # as after some training: a base that equals the policy hides mistakes

@@ -21,7 +21,7 @@ from update_case import ALPHA, GROUP, UpdateCase, UpdateInputs, sharing
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.models import BaseScorer, CausalLMScorer
 from powerflow_fast.packing import PaddedBatch, pad_batch
-from powerflow_fast.preparation import make_accelerator
+from powerflow_fast.preparation import choose_packing, make_accelerator
 from powerflow_fast.update import Policy, Samples, Updater
 
 
@@ -31,7 +31,7 @@ def optimise(inputs: UpdateInputs) -> None:
     inputs.optimizer.zero_grad(set_to_none=True)
 
 
-def ours(inputs: UpdateInputs, *, entropy: bool) -> Callable[[], Outputs]:
+def ours(inputs: UpdateInputs, *, entropy: bool = False, packing: str = "auto") -> Callable[[], Outputs]:
     """The trainer's own code: ``Updater`` on prepared modules, as ``train`` calls it between two rollouts."""
     count = len(inputs.prompt_ids)
     config = PowerFlowConfig(
@@ -41,13 +41,16 @@ def ours(inputs: UpdateInputs, *, entropy: bool) -> Callable[[], Outputs]:
         per_device_train_batch_size=GROUP,
         gradient_accumulation_steps=count // GROUP,
         bf16=inputs.bf16,
+        packing=packing,
     )
     accelerator = make_accelerator(config)
     if accelerator.device.type != inputs.device.type:
         raise RuntimeError(f"the trainer runs on {accelerator.device.type} here, not on {inputs.device.type}")
-    policy = accelerator.prepare(Policy(CausalLMScorer(sharing(inputs.policy)), None)).train()
+    scorer = CausalLMScorer(sharing(inputs.policy))
     base = BaseScorer(CausalLMScorer(sharing(inputs.base)), mode="copy")
-    updater = Updater(policy, base, accelerator, config, alpha=ALPHA, pad_id=0)
+    attention = choose_packing(config, scorer, base, accelerator=accelerator, sample_prompts_ids=inputs.prompt_ids[:2])
+    policy = accelerator.prepare(Policy(scorer, None)).train()
+    updater = Updater(policy, base, accelerator, config, alpha=ALPHA, pad_id=0, packing=attention)
     tensors = {"group_ids": torch.tensor(inputs.group_ids), "psi": torch.zeros(count)}
     samples = Samples(inputs.prompt_ids, inputs.completion_ids, [True] * count, **tensors).to(inputs.device)
 
@@ -190,11 +193,14 @@ def trl_grpo(inputs: UpdateInputs) -> Callable[[], Outputs]:
     return step
 
 
+def _ours(name: str, **options: Any) -> Provider:
+    return Provider(name, "powerflow_fast", lambda device: lambda x: ours(x, **options), backend="auto")
+
+
 UPDATE_PROVIDERS = [
-    Provider("powerflow_fast", "powerflow_fast", lambda device: lambda x: ours(x, entropy=False), backend="auto"),
-    Provider(
-        "powerflow_fast with entropy", "powerflow_fast", lambda device: lambda x: ours(x, entropy=True), backend="auto"
-    ),
+    _ours("powerflow_fast"),
+    _ours("powerflow_fast with entropy", entropy=True),
+    _ours("powerflow_fast padded", packing="off"),
     Provider("naive", "torch", lambda device: naive),
     Provider("trl GRPO", "trl", lambda device: trl_grpo),
 ]

@@ -7,6 +7,7 @@ last update, and its memory would stay taken while the policy trains.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -168,12 +169,18 @@ def _forward_in(lm: Any, autocast: Callable[[], AbstractContextManager[Any]]) ->
     """
     patched = lm.__dict__.get("forward")  # such as accelerate's wrapper, put there on the instance
     inner = lm.forward
+    threads: set[int] = set()
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs["cache"]
         if "update" not in vars(cache):
             cache.update = functools.partial(_update_in_its_dtype, cache, cache.update)
+        if threading.get_ident() not in threads:
+            # With its outermost context autocast drops its copies of the weights: keep one open, or every token of
+            # every sequence would cast all weights anew.
+            threads.add(threading.get_ident())
+            torch.autocast_increment_nesting()
         with autocast():
             return inner(*args, **kwargs)
 
@@ -181,6 +188,7 @@ def _forward_in(lm: Any, autocast: Callable[[], AbstractContextManager[Any]]) ->
     try:
         yield
     finally:
+        torch.clear_autocast_cache()  # the thread whose context was kept open has ended, and cannot
         if patched is None:
             del lm.forward
         else:

@@ -18,6 +18,9 @@ sys.path.append(str(BENCHMARKS))
 import head_peers  # noqa: E402
 import update_case  # noqa: E402
 import update_peers  # noqa: E402
+from rollout_case import rollout_errors, rollout_inputs  # noqa: E402
+from rollout_peers import ROLLOUT_PROVIDERS, rollout_step  # noqa: E402
+from suites import SUITES  # noqa: E402
 from update_case import UpdateCase, update_errors, update_inputs, update_reference  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -87,6 +90,21 @@ def test_trl_scores_the_same_tokens(dtype, tmp_path):
     assert torch.isfinite(loss) and torch.equal(loss, again)
     state = inputs.optimizer.state[inputs.policy.lm_head.weight]
     assert state["step"] == 2 and state["exp_avg"].any()  # its gradient reaches the policy that all share
+
+
+def test_engines_sample_every_request():
+    case = SUITES["cpu-rollout"][0].tiny()
+    inputs = rollout_inputs(case, CPU)
+    for provider in ROLLOUT_PROVIDERS:
+        step = rollout_step(provider, case, inputs)
+        lengths, tokens = step()
+        assert len(lengths) == case.requests and lengths.min() >= 1 and lengths.max() <= case.completion
+        ends = tokens[lengths.cumsum(0) - 1]
+        assert all(
+            length == case.completion or end in inputs.eos_ids for length, end in zip(lengths, ends, strict=True)
+        )
+        assert rollout_errors((lengths, tokens), inputs, None) == {"tokens": len(tokens), "longest": lengths.max()}
+        assert all(torch.equal(a, b) for a, b in zip(step(), (lengths, tokens), strict=True))
 
 
 def test_sizes():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_rollout import HOSTILE, PROMPTS, chi_square, hostile
 from tiny import EOS, PAD, VOCAB, one_thread, ragged_ids, tiny_model, tiny_tokenizer  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cache as paged
 
@@ -212,6 +213,36 @@ def test_autocast_holds_in_the_engines_thread():
     with autocast():
         gap = (scored(model, rollout) - flat(rollout)).abs()
     assert gap.max() < 0.15 and gap.mean() < 0.03
+
+
+def test_autocast_casts_the_weights_once_a_rollout():
+    """Its copies of them are dropped with a thread's outermost context, which must not be that of one forward."""
+    casts: list[int] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+                casts[-1] += 1
+            return func(*args, **(kwargs or {}))
+
+    class Watched(torch.nn.Linear):
+        def forward(self, x):
+            casts.append(0)
+            with Casts():
+                return super().forward(x)
+
+    model = tiny_model()
+    head = model.lm_head
+    model.lm_head = Watched(head.in_features, head.out_features, bias=False)
+    sampler = engine(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    for _ in range(2):
+        casts.clear()
+        sampler.generate(PROMPTS, seed=0)
+        assert len(casts) > 3 and casts[0] == 1 and sum(casts) == 1
+    casts.clear()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # no copy stays behind for the weights of later
+        model.lm_head(torch.ones(1, head.in_features))
+    assert casts == [1]
 
 
 def test_peft_model():
