@@ -23,7 +23,10 @@ __all__ = ["ObjectiveFunction", "ObjectiveOutput", "Trajectories"]
 
 
 class ObjectiveOutput(NamedTuple):
-    """The loss and, per sequence, what made it; only ``loss`` is differentiable. Zeros for sequences without tokens."""
+    """The loss and, per sequence, what made it; only ``loss`` is differentiable.
+
+    A sequence without tokens has zeros, save for log_z, which is its prompt's.
+    """
 
     loss: Tensor
     """() this call's share of the loss of the optimiser step."""
@@ -32,9 +35,9 @@ class ObjectiveOutput(NamedTuple):
     logp_mean: Tensor
     """(B,) mean log-prob per token under the policy, nats."""
     delta: Tensor | None = None
-    """(B,) the residual of a balance condition (its root mean square where a sequence has several)."""
+    """(B,) the residual of a balance condition; of the whole sequence, per token, where its parts have their own."""
     log_z: Tensor | None = None
-    """(B,) the log-partition that was used, given or estimated; its unit is the objective's."""
+    """(B,) the log-partition of each prompt that was used, given or estimated; its unit is the objective's."""
     advantage: Tensor | None = None
     """(B,) the advantage of a policy gradient (its mean over the tokens where each has its own)."""
 
@@ -154,7 +157,7 @@ class Trajectories:
     def per_token(self, values: Tensor) -> Tensor:
         """(B,) to (N,): each completion's value at each of its tokens; differentiable."""
         values = self._check("per_token", values, self.lengths, "(B,)")
-        return _PerToken.apply(values, self._token_sequence, self.cu_seqlens)
+        return _PerToken.apply(values, self.token_sequence, self.cu_seqlens)
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """(B,) to (): the sum over the completions with tokens / ``num_sequences``; differentiable."""
@@ -188,17 +191,13 @@ class Trajectories:
 
         where a ratio of any size is clipped before it can overflow.
         """
-        return self._importance_weight.to(self.logps.dtype)
-
-    @functools.cached_property
-    def _importance_weight(self) -> Tensor:
         if self.old_logps is None:
-            return self.has_tokens.double()
+            return self.has_tokens.to(self.logps.dtype)
         log_ratio = segment_sum(self.logps.detach().double() - self.old_logps.detach().double(), self.cu_seqlens)
         if self.importance_level == "length_normalized":
             log_ratio = log_ratio / self.lengths.clamp(min=1)
         bounds = (math.log(bound) if bound > 0 else -math.inf for bound in self.clip)
-        return log_ratio.clamp(*bounds).exp().where(self.has_tokens, 0.0)
+        return log_ratio.clamp(*bounds).exp().where(self.has_tokens, 0.0).to(self.logps.dtype)
 
     # Statistics of the completions of one prompt. Groups become segments of a stable order: sums with fixed bits on
     # any device, and no wait for the number of groups. A group must be in one call: a part of it has other statistics.
@@ -225,15 +224,43 @@ class Trajectories:
         """(B,) to (B,) detached: the largest over the completions of a prompt that have tokens; -inf without any."""
         values = self._check("group_max", values, self.lengths, "(B,)").detach().where(self.has_tokens, -math.inf)
         order, rank, offsets, inverse = self._groups
-        if values.shape[0] == 0:
-            return values
-        top = torch.segment_reduce(values[order], "max", offsets=offsets.long(), unsafe=True, initial=-math.inf)
-        return top[rank][inverse]
+        return segment_max(values[order], offsets)[rank][inverse]
 
     @functools.cached_property
     def group_sizes(self) -> Tensor:
         """(B,) fp64: completions with tokens of each completion's prompt."""
         return self.group_sum(self.has_tokens.double())
+
+    @torch.no_grad()
+    def group_advantages(self, scale_rewards: str = "group", *, op: str = "Trajectories.group_advantages") -> Tensor:
+        """(B,) detached: rewards minus their mean over the prompt's completions that have tokens, and divided by their
+        standard deviation (Bessel's correction) plus 1e-4 if ``scale_rewards`` is ``"group"``, not if it is ``"none"``.
+
+        ``op`` is the name that errors begin with.
+        """
+        if scale_rewards not in ("group", "none"):
+            raise ValueError(f"{op}: scale_rewards must be 'group' or 'none', got {scale_rewards!r}")
+        if self.rewards is None:
+            raise ValueError(f"{op}: needs rewards (B,), got None")
+        self.require_groups(op, "the advantage")
+        rewards = self.rewards.detach().double()
+        advantages = (rewards - self.group_mean(rewards)).where(self.has_tokens, 0.0)
+        if scale_rewards == "group":
+            variance = self.group_sum(advantages.square()) / (self.group_sizes - 1).clamp(min=1)
+            advantages = advantages / (variance.sqrt() + 1e-4)
+        return advantages.to(self.logps.dtype)
+
+    def require_groups(self, op: str, purpose: str) -> None:
+        """ValueError without ``group_ids``, or on a CPU where a prompt has one completion: it is its own mean, and
+        nothing is left to learn from. On a GPU, where looking would make the host wait, such a group adds nothing."""
+        if self.group_ids is None:
+            raise ValueError(f"{op}: {purpose} needs group_ids (B,), got None")
+        if not values_are_readable(self.group_ids):
+            return
+        ids, counts = self.group_ids.unique(return_counts=True)
+        if (counts == 1).any():
+            alone = int(ids[counts == 1][0])
+            raise ValueError(f"{op}: {purpose} needs two completions of a prompt or more, got one in group {alone}")
 
     @functools.cached_property
     def _groups(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,7 +275,7 @@ class Trajectories:
         return order, rank, torch.searchsorted(rank, places, out_int32=True), torch.argsort(order)
 
     @functools.cached_property
-    def _token_sequence(self) -> Tensor:
+    def token_sequence(self) -> Tensor:
         """(N,) int64: the completion of each token."""
         places = torch.arange(self.logps.shape[0], device=self.logps.device, dtype=torch.int32)
         return torch.searchsorted(self.cu_seqlens[1:].contiguous(), places, right=True)
@@ -262,6 +289,13 @@ class Trajectories:
 
 ObjectiveFunction: TypeAlias = Callable[[Trajectories], "ObjectiveOutput | Tensor"]
 """An objective with its options bound."""
+
+
+def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Largest of ``values`` (N,) in each packed sequence, (B,); -inf for an empty one."""
+    if cu_seqlens.shape[0] == 1:
+        return values[:0]
+    return torch.segment_reduce(values, "max", offsets=cu_seqlens.long(), unsafe=True, initial=-math.inf)
 
 
 class _PerToken(torch.autograd.Function):

@@ -118,6 +118,28 @@ def test_nothing_at_all(lengths):
     assert t.sequence_mean(zero) == 0 and t.token_mean(t.logps) == 0
 
 
+def test_group_advantages():
+    ids = torch.tensor([9, 9, -3, 9, -3, 9])
+    t = make(group_ids=ids, rewards=torch.tensor([1.0, 5, 2, 3, 2, 7], dtype=torch.float64))
+    assert t.group_advantages("none").tolist() == [-1, 0, 0, 1, 0, 0]
+    std = 2**0.5 + 1e-4
+    torch.testing.assert_close(t.group_advantages(), torch.tensor([-1 / std, 0, 0, 1 / std, 0, 0]).double())
+    alone = make([2, 0], group_ids=torch.zeros(2, dtype=torch.int64), rewards=torch.ones(2, dtype=torch.float64))
+    assert alone.group_advantages().tolist() == [0, 0]
+
+
+def test_bad_groups():
+    rewards = torch.ones(6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^x: the advantage needs two completions .* got one in group 5"):
+        make(rewards=rewards).group_advantages(op="x")
+    with pytest.raises(ValueError, match=r"^x: the advantage needs group_ids \(B,\), got None"):
+        make(rewards=rewards, group_ids=None).group_advantages(op="x")
+    with pytest.raises(ValueError, match=r"^x: needs rewards \(B,\), got None"):
+        make().group_advantages(op="x")
+    with pytest.raises(ValueError, match="scale_rewards must be 'group' or 'none', got 'batch'"):
+        make(rewards=rewards).group_advantages("batch")
+
+
 def test_frozen():
     with pytest.raises(AttributeError):
         make().alpha = 3.0
