@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .answers import extract_answer
 from .config import suggest
 from .errors import ConfigError
 
@@ -23,26 +24,7 @@ def boxed_answer(prompt: Any, completion: str, **columns: Any) -> bool:
 
     Escaped braces (``\{``) do not count as braces.
     """
-    start = 0
-    while (start := completion.find(r"\boxed", start)) >= 0:
-        start += len(r"\boxed")
-        rest = completion[start:].lstrip()
-        if not rest.startswith("{"):
-            continue
-        depth, k = 0, 0
-        while k < len(rest):
-            if rest[k] == "\\":
-                k += 1
-            elif rest[k] == "{":
-                depth += 1
-            elif rest[k] == "}":
-                depth -= 1
-                if depth == 0:
-                    if rest[1:k].strip():
-                        return True
-                    break
-            k += 1
-    return False
+    return extract_answer(completion) is not None
 
 
 FORMATS: dict[str, FormatFn] = {"boxed": boxed_answer}
