@@ -38,7 +38,8 @@ _HEAD_TRITON = (
     "kernels/linear_logprob_bwd.py",
 )
 _LOSS = ("csrc/la_tb.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py")
-_UPDATE = tuple(f"package/{name}.py" for name in ("update", "models", "heads", "packing", "partition"))
+_UPDATE_MODULES = ("update", "models", "heads", "packing", "partition", "samples", "trajectories", "trajectory_balance")
+_UPDATE = tuple(f"package/{name}.py" for name in _UPDATE_MODULES)
 SOURCES = {
     ("linear_logprobs", "torch"): _HEAD_TORCH,
     ("linear_logprobs", "triton"): _HEAD_TRITON,

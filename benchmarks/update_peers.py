@@ -22,7 +22,8 @@ from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.models import BaseScorer, CausalLMScorer
 from powerflow_fast.packing import PaddedBatch, pad_batch
 from powerflow_fast.preparation import choose_packing, make_accelerator
-from powerflow_fast.update import Policy, Samples, Updater
+from powerflow_fast.samples import Samples
+from powerflow_fast.update import Policy, Updater
 
 
 def optimise(inputs: UpdateInputs) -> None:

@@ -7,16 +7,15 @@ bounds in ``metadata``. Names and meanings follow TRL where it has them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from .errors import ConfigError
-from .field_types import RENAMED, describe, matches
+from .field_types import RENAMED, checked, config_error, matches, suggest
 
 __all__ = ["PowerFlowConfig", "parse_value", "read_yaml", "suggest"]
 
@@ -72,11 +71,16 @@ class PowerFlowConfig:
     alpha: float | None = _opt(
         None, "exponent of the target p_base(y|q)^alpha: > 1 sharpens, < 1 flattens, 1 keeps the base model", gt=0
     )
-    objective: Literal["la_tb"] = _opt("la_tb", "training loss; la_tb is length-aware trajectory balance")
-    log_z: Literal["learned", "group"] = _opt(
-        "learned",
-        "log-partition per token: a small learned head on the prompt, or the mean over a prompt's completions",
+    objective: str = _opt(
+        "la_tb", "training loss by name, see docs/objectives.md; la_tb: length-aware trajectory balance"
     )
+    objective_options: dict | None = _opt(None, 'keyword options of the objective, such as {"lam": 0.9}')  # noqa: RUF009
+    log_z: Literal["learned", "group", "table"] = _opt(
+        "learned",
+        "log-partition: a small learned head on the prompt, the mean over a prompt's completions, or its running mean "
+        "over the times that the prompt was seen",
+    )
+    log_z_momentum: float = _opt(0.9, "share of the past in that running mean", ge=0, lt=1)
     log_z_learning_rate: float = _opt(1e-3, "learning rate of the learned log Z' head", gt=0)
     log_z_num_layers: int = _opt(1, "linear layers of the learned log Z' head", ge=1, le=3)
     format_penalty: float = _opt(
@@ -86,12 +90,22 @@ class PowerFlowConfig:
         "sequence", "ratio of policies that weighs stale samples: of whole sequences, or its per-token geometric mean"
     )
     importance_clip: tuple[float, float] = _opt((0.8, 1.2), "lower and upper bound of that ratio; must enclose 1")
+    reward: str | list[str] | None = _opt(  # noqa: RUF009
+        None, "ready-made rewards by name, see docs/rewards.md, for objectives that take one; functions go to reward_fn"
+    )
+    reward_weights: list[float] | None = _opt(None, "weights of several rewards (default: 1 each)")  # noqa: RUF009
+    answer_equivalence: Literal["normalized", "math_verify"] = _opt(
+        "normalized", "how rewards compare answers: as normalised text, or as mathematics by math-verify"
+    )
 
     # Sampling
     num_generations: int = _opt(8, "completions per prompt", ge=1)
     max_prompt_length: int = _opt(512, "longest prompt in tokens; a longer one is an error", ge=1)
     max_completion_length: int = _opt(256, "most tokens per completion, the end-of-sequence token included", ge=1)
     temperature: float = _opt(1.0, "sampling temperature; log-probs are scored at the same temperature", gt=0)
+    rollout_temperature: float | None = _opt(
+        None, "sample at this temperature instead; importance ratios then make up for the difference", gt=0
+    )
     top_p: float = _opt(1.0, "must stay 1.0: samples are drawn from the full softmax that is scored")
     top_k: int = _opt(0, "must stay 0: samples are drawn from the full softmax that is scored")
     rollout_engine: Literal["auto", "hf", "continuous", "vllm"] = _opt(
@@ -143,6 +157,9 @@ class PowerFlowConfig:
         None, "micro-batches per rollout, a multiple of gradient_accumulation_steps (default: equal to it)", ge=1
     )
     num_iterations: int = _opt(1, "passes over each rollout", ge=1)
+    replay_steps: int = _opt(0, "further optimizer steps after each rollout, on groups of earlier ones", ge=0)
+    replay_capacity: int = _opt(1024, "groups that are kept for them on each device, the oldest dropped first", ge=1)
+    replay_prioritized: bool = _opt(False, "draw and keep groups of high reward instead, as exp(mean reward)")
     max_steps: int = _opt(-1, "optimizer steps of the run; -1: num_train_epochs decides", ge=-1)
     num_train_epochs: float = _opt(1.0, "passes over the prompts when max_steps is -1", gt=0)
     seed: int = _opt(0, "seed of initialisation, prompt order and sampling", ge=0, lt=2**32)
@@ -199,43 +216,47 @@ class PowerFlowConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            setattr(self, f.name, _checked(f, getattr(self, f.name)))
+            setattr(self, f.name, checked(f, _FIELD_TYPES[f.name], getattr(self, f.name)))
 
         for name, only in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != only:
-                raise _error(
+                raise config_error(
                     f"{name} must be {only}, got {getattr(self, name)}: truncated sampling draws from another "
                     "distribution than the full softmax that is scored, and the loss would lose its target. Use "
                     "temperature instead"
                 )
         if self.max_steps == 0:
-            raise _error("max_steps must be -1 (num_train_epochs decides) or >= 1, got 0")
+            raise config_error("max_steps must be -1 (num_train_epochs decides) or >= 1, got 0")
         low, high = self.importance_clip
         if not 0 <= low <= 1 <= high:
-            raise _error(f"importance_clip must be (low, high) with 0 <= low <= 1 <= high, got {self.importance_clip}")
+            raise config_error(
+                f"importance_clip must be (low, high) with 0 <= low <= 1 <= high, got {self.importance_clip}"
+            )
         if self.lr_scheduler_type not in _OPEN_SCHEDULES + _CLOSED_SCHEDULES:
-            raise _error(
+            raise config_error(
                 f"lr_scheduler_type must be one of {', '.join(_OPEN_SCHEDULES + _CLOSED_SCHEDULES)}, "
                 f"got {self.lr_scheduler_type!r}{suggest(self.lr_scheduler_type, _OPEN_SCHEDULES + _CLOSED_SCHEDULES)}"
             )
-        if self.log_z == "group" and self.num_generations < 2:
-            raise _error(f"num_generations must be >= 2 with log_z='group', got {self.num_generations}")
+        if self.log_z != "learned" and self.num_generations < 2:
+            raise config_error(f"num_generations must be >= 2 with log_z={self.log_z!r}, got {self.num_generations}")
         if self.steps_per_generation and self.steps_per_generation % self.gradient_accumulation_steps:
-            raise _error(
+            raise config_error(
                 f"steps_per_generation must be a multiple of gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}, got {self.steps_per_generation}"
             )
         for tracker in self.trackers:
             if tracker not in TRACKERS:
-                raise _error(f"report_to must name {', '.join(TRACKERS)}, got {tracker!r}{suggest(tracker, TRACKERS)}")
+                raise config_error(
+                    f"report_to must name {', '.join(TRACKERS)}, got {tracker!r}{suggest(tracker, TRACKERS)}"
+                )
         targets = self.lora_target_modules
         if any(t.split(".")[-1] == "lm_head" for t in ([targets] if isinstance(targets, str) else targets)):
-            raise _error(
+            raise config_error(
                 f"lora_target_modules must not contain the head, got {targets!r}: log-probs are computed from the "
                 "head's own weight, and an adapter on it would be left out"
             )
         if not self.output_dir.strip():
-            raise _error("output_dir must not be empty")
+            raise config_error("output_dir must not be empty")
         self.output_dir = str(Path(self.output_dir).expanduser())
 
     # Derived sizes
@@ -259,13 +280,20 @@ class PowerFlowConfig:
 
     @property
     def updates_per_generation(self) -> int:
-        """Optimizer steps made from one rollout."""
+        """Optimizer steps between one rollout and the next: on its completions, then on those of the buffer."""
+        return self.fresh_updates + self.replay_steps
+
+    @property
+    def fresh_updates(self) -> int:
+        """Optimizer steps made from one rollout while it is fresh."""
         return self.micro_batches_per_generation // self.gradient_accumulation_steps * self.num_iterations
 
     def require_alpha(self) -> float:
         """``alpha``, or :class:`ConfigError` when nobody set it."""
         if self.alpha is None:
-            raise _error("alpha is required and must be > 0: alpha=4 sharpens a base model, alpha=0.5 flattens it")
+            raise config_error(
+                "alpha is required and must be > 0: alpha=4 sharpens a base model, alpha=0.5 flattens it"
+            )
         return self.alpha
 
     def sequences_per_step(self, world_size: int = 1) -> int:
@@ -281,7 +309,7 @@ class PowerFlowConfig:
             unit = self.num_generations // math.gcd(self.num_generations, steps * world_size)
             fits = [n for n in range(2, size + 1) if size % n == 0]
             near = sorted(sorted(fits, key=lambda n: abs(n - self.num_generations))[:5])
-            raise _error(
+            raise config_error(
                 f"num_generations={self.num_generations} must divide the {size} sequences of a rollout "
                 f"(per_device_train_batch_size={per_device} x {steps} micro-batches x {world_size} devices). "
                 f"Set num_generations to one of {near or [1]}, or per_device_train_batch_size to a multiple of {unit}"
@@ -292,19 +320,27 @@ class PowerFlowConfig:
         """Prompts of one rollout over all devices."""
         return self.generation_batch_size(world_size) // self.num_generations
 
-    def check_groups(self, world_size: int = 1) -> None:
-        """:class:`ConfigError` where the completions of a prompt would be torn apart: see the messages."""
+    def check_groups(self, world_size: int = 1, *, needed_by: str | None = None) -> None:
+        """:class:`ConfigError` where the completions of a prompt would be torn apart: see the messages.
+
+        ``needed_by`` names an objective that needs whole groups in each step whatever the other options are.
+        """
         k = self.num_generations
         per_device = self.per_device_train_batch_size * self.micro_batches_per_generation
         if world_size > 1 and per_device % k:
-            raise _error(
+            raise config_error(
                 f"the completions of a prompt stay on one device: num_generations={k} must divide its {per_device} "
                 "sequences of a rollout"
             )
         per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if self.log_z == "group" and per_step % k:
-            raise _error(
-                f"log_z='group' needs whole groups in each optimizer step: num_generations={k} must divide "
+        reasons = [f"objective={needed_by!r}"] if needed_by else []
+        reasons += [f"log_z={self.log_z!r}"] if self.log_z != "learned" else []
+        reasons += [f"replay_steps={self.replay_steps}"] if self.replay_steps else []
+        if reasons and k < 2 and (needed_by or self.log_z != "learned"):
+            raise config_error(f"num_generations must be >= 2 with {reasons[0]}, which compares completions, got {k}")
+        if reasons and per_step % k:
+            raise config_error(
+                f"{reasons[0]} needs whole groups in each optimizer step: num_generations={k} must divide "
                 f"per_device_train_batch_size x gradient_accumulation_steps = {per_step}"
             )
 
@@ -336,7 +372,7 @@ class PowerFlowConfig:
         """The config with ``values`` over the defaults; an unknown name raises, with the nearest one suggested."""
         for name in values:
             if message := _unknown(name):
-                raise _error(message)
+                raise config_error(message)
         return cls(**values)
 
     @classmethod
@@ -370,7 +406,9 @@ class PowerFlowConfig:
         elif self.max_steps > 0:
             unused.add("num_train_epochs")
         unused |= {n for n in values if n.startswith("lora_") and not self.use_peft}
-        unused |= {n for n in values if n.startswith("log_z_") and self.log_z != "learned"}
+        unused |= {n for n in values if n.startswith("log_z_") and self.log_z != "learned"} - {"log_z_momentum"}
+        unused |= {"log_z_momentum"} if self.log_z != "table" else set()
+        unused |= {"replay_capacity", "replay_prioritized"} if not self.replay_steps else set()
         return {n: v for n, v in values.items() if n not in unused}
 
     def diff_for_resume(self, saved: Mapping[str, Any]) -> list[str]:
@@ -386,12 +424,6 @@ class PowerFlowConfig:
                 lines.append(f"{name}: checkpoint has {other!r}, this run has {value!r}")
         unknown = sorted(saved.keys() - _FIELD_TYPES.keys())
         return lines + [f"{n}: checkpoint has {saved[n]!r}, this version has no such field" for n in unknown]
-
-
-def suggest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest of ``names``, or an empty string."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def read_yaml(path: str | Path, *, also: Iterable[str] = ()) -> dict[str, Any]:
@@ -445,10 +477,6 @@ def parse_value(name: str, text: str) -> Any:
     return next((c for c in candidates if matches(c, hint)), text)
 
 
-def _error(message: str) -> ConfigError:
-    return ConfigError(f"PowerFlowConfig: {message}")
-
-
 def _plain(value: Any) -> Any:
     """Tuples as lists, so that a config equals its JSON."""
     return list(value) if isinstance(value, tuple) else value
@@ -460,34 +488,6 @@ def _unknown(name: str) -> str | None:
         return None
     hint = f": {RENAMED[name]}" if name in RENAMED else suggest(str(name), _FIELD_TYPES)
     return f"unknown field {name!r}{hint}"
-
-
-def _checked(f: dataclasses.Field, value: Any) -> Any:
-    """``value`` of field ``f``, its type and bounds checked; an int becomes a float, a list a tuple, as declared."""
-    hint = _FIELD_TYPES[f.name]
-    if isinstance(value, Path):
-        value = str(value)
-    if not matches(value, hint):
-        raise _error(f"{f.name} must be {describe(hint)}, got {value!r} ({type(value).__name__})")
-    if get_origin(hint) is tuple:
-        value = tuple(float(v) for v in value)
-    elif isinstance(value, int) and not isinstance(value, bool) and float in (hint, *get_args(hint)):
-        value = float(value)
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
-        if isinstance(number, (int, float)) and not math.isfinite(number):
-            raise _error(f"{f.name} must be finite, got {value}")
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    for key, symbol, holds in (
-        ("ge", ">=", lambda v, b: v >= b),
-        ("gt", ">", lambda v, b: v > b),
-        ("le", "<=", lambda v, b: v <= b),
-        ("lt", "<", lambda v, b: v < b),
-    ):
-        if key in f.metadata and not holds(value, f.metadata[key]):
-            raise _error(f"{f.name} must be {symbol} {f.metadata[key]}, got {value}")
-    return value
 
 
 _FIELD_TYPES: dict[str, Any] = get_type_hints(PowerFlowConfig)

@@ -111,10 +111,10 @@ def _score(
     for start in range(0, len(prompt_ids), _BATCH):
         part = slice(start, start + _BATCH)
         batch = pad_batch(prompt_ids[part], completion_ids[part], pad_id).to(scorer.head.weight.device)
-        out = scorer(batch, temperature=temperature, need_entropy=True)
+        out = scorer(batch, temperature=temperature, need_stats=True)
         lengths = batch.completion_lengths.clamp_min(1)
         logps += (segment_sum(out.logps, out.cu_seqlens) / lengths).tolist()
-        entropies += (segment_sum(out.entropy, out.cu_seqlens) / lengths).tolist()
+        entropies += (segment_sum(out.stats.entropy, out.cu_seqlens) / lengths).tolist()
     return logps, entropies
 
 

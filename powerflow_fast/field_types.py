@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import math
 import types
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["RENAMED", "describe", "matches"]
+from .errors import ConfigError
+
+__all__ = ["RENAMED", "checked", "config_error", "matches", "suggest"]
 
 # Names people bring from other trainers, with what to write here.
 RENAMED = {
@@ -47,4 +54,42 @@ def describe(hint: Any) -> str:
         return f"{len(args)} numbers"
     if origin is list:
         return f"a list of {args[0].__name__}"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "None"}[hint]
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "None"}
+    return "a mapping" if hint is dict else names[hint]
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of ``names``, or an empty string."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def config_error(message: str) -> ConfigError:
+    return ConfigError(f"PowerFlowConfig: {message}")
+
+
+def checked(f: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """``value`` of field ``f``, its type and bounds checked; an int becomes a float, a list a tuple, as declared."""
+    if isinstance(value, Path):
+        value = str(value)
+    if not matches(value, hint):
+        raise config_error(f"{f.name} must be {describe(hint)}, got {value!r} ({type(value).__name__})")
+    if get_origin(hint) is tuple:
+        value = tuple(float(v) for v in value)
+    elif isinstance(value, int) and not isinstance(value, bool) and float in (hint, *get_args(hint)):
+        value = float(value)
+    numbers = value if isinstance(value, (list, tuple)) else (value,)
+    for number in numbers:
+        if isinstance(number, (int, float)) and not math.isfinite(number):
+            raise config_error(f"{f.name} must be finite, got {value}")
+    if value is None or isinstance(value, (str, bool, dict, list)):
+        return value
+    for key, symbol, holds in (
+        ("ge", ">=", lambda v, b: v >= b),
+        ("gt", ">", lambda v, b: v > b),
+        ("le", "<=", lambda v, b: v <= b),
+        ("lt", "<", lambda v, b: v < b),
+    ):
+        if key in f.metadata and not holds(value, f.metadata[key]):
+            raise config_error(f"{f.name} must be {symbol} {f.metadata[key]}, got {value}")
+    return value

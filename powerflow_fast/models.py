@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .dispatch import Backend
 from .errors import ModelError
 from .heads import Head, evaluating, find_head, head_inputs, is_peft, unwrap_peft
-from .logprobs import linear_logprob_stats, linear_logprobs
-from .packing import Batch, segment_sum
+from .logprobs import LogprobStats, linear_logprob_stats, linear_logprobs
+from .packing import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -247,8 +247,8 @@ class ScorerOutput(NamedTuple):
     """(N,) fp32 log-prob in nats of each completion token, packed; differentiable."""
     cu_seqlens: Tensor
     """(B + 1,) int32 boundaries of the sequences in ``logps``."""
-    entropy: Tensor | None
-    """(N,) fp32 entropy in nats of the distribution that each token was drawn from."""
+    stats: LogprobStats | None
+    """(N,) fp32 each: entropy, log-sum-exp and mean logit of the distribution that each token was drawn from."""
     pooled_prompt: Tensor | None
     """(B, H) fp32 mean over all prompt tokens of the head's input."""
 
@@ -267,7 +267,7 @@ class CausalLMScorer(nn.Module):
         self.backend = backend
 
     def forward(
-        self, batch: Batch, *, temperature: float, need_entropy: bool = False, pool_prompt: bool = False
+        self, batch: Batch, *, temperature: float, need_stats: bool = False, pool_prompt: bool = False
     ) -> ScorerOutput:
         """Score ``batch`` at the sampling ``temperature``; see :class:`ScorerOutput`.
 
@@ -284,22 +284,21 @@ class CausalLMScorer(nn.Module):
             "logit_softcap": self.head.logit_softcap,
             "backend": self.backend,
         }
-        entropy = pooled = None
-        if need_entropy:
+        stats = pooled = None
+        if need_stats:
             stats = linear_logprob_stats(hidden.detach(), weight.detach(), batch.labels, **options)
-            entropy = stats.entropy
-        if need_entropy and not torch.is_grad_enabled():
+        if need_stats and not torch.is_grad_enabled():
             logps = stats.logp
         else:
             logps = linear_logprobs(hidden, weight, batch.labels, **options)
         if pool_prompt:
             prompts = states.detach().index_select(0, batch.prompt_positions).float()
             pooled = torch.segment_reduce(prompts, "mean", lengths=batch.prompt_lengths, unsafe=True)
-        return ScorerOutput(logps=logps, cu_seqlens=batch.cu_seqlens, entropy=entropy, pooled_prompt=pooled)
+        return ScorerOutput(logps=logps, cu_seqlens=batch.cu_seqlens, stats=stats, pooled_prompt=pooled)
 
 
 class BaseScorer:
-    """Log-probs of whole completions under the frozen p_base; made by :func:`make_base`."""
+    """Log-probs of completions under the frozen p_base; made by :func:`make_base`."""
 
     def __init__(
         self,
@@ -318,11 +317,11 @@ class BaseScorer:
 
     @torch.no_grad()
     def score(self, batch: Batch, *, temperature: float) -> Tensor:
-        """(B,) fp32 sums of the completion tokens' log-probs in nats, on the device of ``batch``; 0 for none."""
+        """(N,) fp32 log-probs of the completion tokens in nats, packed, on the device of ``batch``."""
         device = self.scorer.head.weight.device
         with self._frozen(), evaluating(self.scorer.model):
             out = self.scorer(batch.to(device), temperature=temperature)
-        return segment_sum(out.logps, out.cu_seqlens).to(batch.input_ids.device)
+        return out.logps.to(batch.input_ids.device)
 
 
 def make_base(

@@ -15,10 +15,13 @@ from .attention import attending, packed_attention
 from .config import PowerFlowConfig
 from .data import PromptDataset, check_lengths
 from .errors import ConfigError, ModelError, SelfCheckError
+from .group_rewards import REWARDS, RewardSum, resolve_reward
 from .heads import is_peft, unwrap_peft
 from .models import BaseScorer, CausalLMScorer, add_lora, disable_dropout, max_positions
+from .objective_registry import Objective, resolve_objective
 from .rollout import seeded
 from .self_check import check_packing
+from .trajectories import ObjectiveFunction
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,43 @@ def check_arguments(config: Any, eval_fn: Any, callbacks: Any, tokenizer: Any) -
     if tokenizer is not None and not callable(tokenizer):
         raise TypeError(f"train: tokenizer must be a tokenizer object, got {type(tokenizer).__name__}")
     return callbacks
+
+
+def choose_objective(
+    config: PowerFlowConfig, objective_fn: ObjectiveFunction | None, reward_fn: Any
+) -> tuple[Objective, RewardSum | None]:
+    """The loss and the reward of a run; :class:`ConfigError` where they don't exist or don't go together."""
+    try:
+        objective = resolve_objective(objective_fn or config.objective, config.objective_options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"PowerFlowConfig: {str(error).removeprefix('resolve_objective: ')}") from error
+    if reward_fn is not None and config.reward is not None:
+        raise ConfigError(
+            f"PowerFlowConfig: reward={config.reward!r} and reward_fn are both given; put names and functions into one "
+            "list, reward_fn=[...]"
+        )
+    chosen = config.reward if reward_fn is None else reward_fn
+    reward = None
+    if chosen is not None:
+        options = {"weights": config.reward_weights, "answer_equivalence": config.answer_equivalence}
+        reward = resolve_reward(chosen, **options)
+        if objective_fn is None and not objective.needs_rewards:
+            logger.warning("objective %r takes no reward: it is computed and logged only", objective.name)
+    elif objective.needs_rewards:
+        raise ConfigError(
+            f"PowerFlowConfig: objective={objective.name!r} needs rewards: pass reward_fn, or reward as one of "
+            f"{', '.join(REWARDS)}"
+        )
+    if reward is not None and reward.needs_groups and config.num_generations < 2:
+        raise ConfigError(
+            f"PowerFlowConfig: reward {', '.join(reward.names)} compares the completions of a prompt: num_generations "
+            f"must be >= 2, got {config.num_generations}"
+        )
+    if config.log_z == "table" and objective.partition is None:
+        raise ConfigError(f"PowerFlowConfig: log_z='table' needs a log-partition, which {objective.name!r} has not")
+    if config.replay_prioritized and config.replay_steps and reward is None:
+        raise ConfigError("PowerFlowConfig: replay_prioritized=True needs rewards: pass reward_fn or reward")
+    return objective, reward
 
 
 def check_prompts(

@@ -70,7 +70,8 @@ def make_engine(
     ``probe_prompts`` are token ids of a few real prompts; ``auto`` draws a few tokens after them, see
     :func:`probe_continuous`. Raises ConfigError and RolloutError where the engine that was asked for cannot work.
     """
-    options = {"temperature": config.temperature, "max_completion_length": config.max_completion_length}
+    temperature = config.rollout_temperature or config.temperature
+    options = {"temperature": temperature, "max_completion_length": config.max_completion_length}
     local = {**options, "batch_size": config.rollout_batch_size, "autocast": accelerator.autocast}
     bounds = {"cache_tokens": config.cache_tokens, "max_batch_tokens": config.rollout_max_batch_tokens}
     kind, reason = config.rollout_engine, None

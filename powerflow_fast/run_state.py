@@ -22,8 +22,9 @@ from .checkpoint import (
 )
 from .config import PowerFlowConfig
 from .errors import CheckpointError
+from .samples import Samples
 from .sharding import laid_out_as, whole
-from .update import Policy, Samples
+from .update import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class RunState:
         self.config, self.identity = config, identity
         self.counters: dict[str, Any] = {}
         """JSON that the trainer counts with: saved and restored as it is."""
+        self.attached: dict[str, Any] = {}
+        """Each process's objects by name, whose ``state_dict() -> (tensors, JSON)`` goes into checkpoints."""
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
@@ -79,6 +82,7 @@ class RunState:
         from accelerate.utils import gather_object
 
         rollouts = gather_object([None if samples is None else samples.to(torch.device("cpu"))])
+        attached = gather_object([{name: thing.state_dict() for name, thing in self.attached.items()}])
         weights = self._trained()
         moments, optimizer_meta = optimizer_to_tensors(self.optimizer, weights)
         weights, moments = whole(weights), whole(moments)
@@ -92,7 +96,11 @@ class RunState:
                 "scheduler": self.scheduler.state_dict(),
                 "counters": self.counters,
                 "rollouts": [],
+                "attached": [{name: meta for name, (_, meta) in part.items()} for part in attached],
             }
+            for name in self.attached:
+                parts = [part[name][0] for part in attached]
+                tensors[name] = {f"{rank}.{k}": v for rank, part in enumerate(parts) for k, v in part.items()}
             if samples is not None:
                 tensors["rollouts"] = {}
                 for rank, part in enumerate(rollouts):
@@ -117,12 +125,26 @@ class RunState:
         self.scheduler.load_state_dict(state["scheduler"])
         set_rng_state(tensors["rng"])
         self.counters = state.get("counters", {})
+        self._load_attached(path, tensors, state.get("attached", []), rank)
         if not state["rollouts"]:
             return state["step"], None
         prefix = f"{rank}."
         fixed = {k.removeprefix(prefix): v for k, v in tensors["rollouts"].items() if k.startswith(prefix)}
         device = next(iter(trained.values())).device
         return state["step"], Samples(*state["rollouts"][rank], **fixed).to(device)
+
+    def _load_attached(self, path: Path, tensors: dict[str, Any], states: list[dict[str, Any]], rank: int) -> None:
+        if not self.attached:
+            return
+        if rank >= len(states) or len(states) != self.identity.get("num_processes", len(states)):
+            raise CheckpointError(
+                f"{path}: holds {', '.join(self.attached)} of {len(states)} processes, this run has "
+                f"{self.identity.get('num_processes')}; resume with as many"
+            )
+        for name, thing in self.attached.items():
+            prefix = f"{rank}."
+            own = {k.removeprefix(prefix): v for k, v in tensors[name].items() if k.startswith(prefix)}
+            thing.load_state_dict(own, states[rank][name])
 
     def _check(self, path: Path, state: dict[str, Any]) -> None:
         saved, identity = state["config"], dict(self.identity)

@@ -47,6 +47,7 @@ def self_check(
     temperature: float,
     sample_prompts_ids: Sequence[Sequence[int]],
     engine: RolloutEngine | None = None,
+    engine_temperature: float | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Raise SelfCheckError, naming the likely cause, unless all of this agrees on a few tokens of a few prompts:
@@ -54,7 +55,8 @@ def self_check(
     * the scorer's log-probs, on a padded batch, and ``log_softmax(model(ids).logits.float() / temperature)`` of each
       sequence alone;
     * the scorer in training mode and in eval mode: a policy with dropout left in is not the one that was sampled;
-    * with ``engine``: the scorer's log-probs of freshly drawn tokens and those the engine says it drew them with.
+    * with ``engine``: the scorer's log-probs of freshly drawn tokens and those the engine says it drew them with, at
+      ``engine_temperature`` if that is given.
 
     Pass the trainer's scorer as ``model`` to check that very object. The tolerance follows the dtype that the logits
     are computed in.
@@ -86,7 +88,7 @@ def self_check(
             "disable_dropout(model) first"
         )
     if engine is not None:
-        _check_engine(scorer, engine, prompts, pad_id, temperature, tolerance, autocast)
+        _check_engine(scorer, engine, prompts, pad_id, engine_temperature or temperature, tolerance, autocast)
 
 
 def check_packing(

@@ -11,6 +11,7 @@ from torch import nn
 from .config import PowerFlowConfig
 from .preparation import check_arguments
 from .rewards import FormatFn
+from .rollout import RolloutEngine
 from .training_run import EvalFn, Run, StepReport, TrainResult
 
 __all__ = ["StepReport", "TrainResult", "train"]
@@ -26,6 +27,8 @@ def train(
     eval_fn: EvalFn | None = None,
     callbacks: Sequence[Callable[[StepReport], bool | None]] = (),
     tokenizer: Any = None,
+    reward_fn: Any = None,
+    engine: RolloutEngine | None = None,
     **overrides: Any,
 ) -> TrainResult:
     """Train ``model`` to sample from ``p_base(y|q) ** alpha``, where p_base is the model as it is given.
@@ -43,6 +46,11 @@ def train(
         eval_fn: ``eval_fn(model, tokenizer, step) -> {name: number}``, called before, every ``eval_steps``, and after.
         callbacks: called with a :class:`StepReport` after each optimiser step; a true result ends the training.
         tokenizer: used instead of the one beside the model.
+        reward_fn: for objectives that take rewards: ``reward_fn(prompt, completion, **columns) -> number``, a batch
+            function in TRL's form, a name, or a list of these (``config.reward_weights``); see docs/rewards.md.
+        engine: samples instead of the policy, a :class:`~powerflow_fast.rollout.RolloutEngine`. Its log-probs of its
+            own tokens make the importance ratio, so it may be another model.
+        overrides: ``objective`` may also be a function of :class:`~powerflow_fast.trajectories.Trajectories`.
 
     Returns:
         :class:`TrainResult`. ``output_dir`` then holds ``model/`` (plain safetensors, with a model card),
@@ -61,6 +69,22 @@ def train(
     """
     callbacks = check_arguments(config, eval_fn, callbacks, tokenizer)
     config = config or PowerFlowConfig()
+    objective_fn = None
+    if callable(objective := overrides.get("objective")):
+        objective_fn = objective
+        name = getattr(objective, "__qualname__", type(objective).__qualname__)
+        overrides["objective"] = f"{objective.__module__}.{name}"
     config = config.merge(**overrides, **({} if alpha is None else {"alpha": alpha}))
     config.require_alpha()
-    return Run(model, prompts, config, format_fn, eval_fn, callbacks, tokenizer).train()
+    return Run(
+        model,
+        prompts,
+        config,
+        format_fn=format_fn,
+        eval_fn=eval_fn,
+        callbacks=callbacks,
+        tokenizer=tokenizer,
+        reward_fn=reward_fn,
+        objective_fn=objective_fn,
+        engine=engine,
+    ).train()

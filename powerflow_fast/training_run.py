@@ -1,4 +1,4 @@
-"""One training run: sample from the policy, score under p_base, take LA-TB steps, show what happens, save.
+"""One training run: sample from the policy, score under p_base, take steps, show what happens, save.
 
 accelerate places the model on its devices, wraps it for several processes, casts, reduces gradients and feeds trackers.
 Its ``save_state`` is not used: it writes pickles, and checkpoints here are safetensors and JSON only.
@@ -24,11 +24,13 @@ from torch import nn
 from . import report
 from .alarms import Alarms
 from .checkpoint import checkpoint_step, disk_full, latest_checkpoint, prepare_output_dir
+from .collection import Collector
 from .config import PowerFlowConfig
-from .data import PromptDataset, encode_prompt, load_prompts, prompt_indices
-from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RolloutError, RunStopped
+from .data import PromptDataset, encode_prompt, load_prompts
+from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
 from .faults import Abandoned, StopRequest, may_skip, non_finite_error
 from .liger import apply_liger
+from .log_z_table import LogZTable
 from .models import (
     CausalLMScorer,
     load_model,
@@ -36,10 +38,12 @@ from .models import (
     pad_token_id,
     weights_fingerprint,
 )
+from .objective_registry import Objective
 from .optim import make_optimizer
 from .partition import LogZHead
 from .preparation import (
     check_prompts,
+    choose_objective,
     choose_packing,
     digest,
     make_accelerator,
@@ -47,16 +51,18 @@ from .preparation import (
     prompt_text,
     seed_of,
 )
+from .replay import ReplayBuffer
 from .results import write_results
-from .rewards import format_penalties, resolve_format
-from .rollout import Rollout, seeded
+from .rewards import resolve_format
+from .rollout import RolloutEngine, seeded
 from .rollout_choice import check_rollout_config, logp_gap, make_engine
 from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
+from .samples import Samples
 from .self_check import self_check
 from .sharding import check_sharding, gathered, shard, whole, whole_number
 from .throughput import Throughput
-from .update import Policy, Samples, Updater
+from .update import Policy, Updater
 
 __all__ = ["EvalFn", "Run", "StepReport", "TrainResult"]
 
@@ -91,17 +97,33 @@ class TrainResult:
 class Run:
     """State of one call of ``train``, built in the order in which things can go wrong most cheaply."""
 
-    def __init__(self, model, prompts, config: PowerFlowConfig, format_fn, eval_fn, callbacks, tokenizer):
+    def __init__(
+        self,
+        model,
+        prompts,
+        config: PowerFlowConfig,
+        *,
+        format_fn,
+        eval_fn,
+        callbacks,
+        tokenizer,
+        reward_fn,
+        objective_fn,
+        engine: RolloutEngine | None,
+    ):
         self.config, self.alpha = config, config.require_alpha()
         self.format_fn, self.eval_fn, self.callbacks = resolve_format(format_fn), eval_fn, callbacks
+        self.own_engine = engine
+        self.objective: Objective
+        self.objective, self.reward = choose_objective(config, objective_fn, reward_fn)
         self.dataset: PromptDataset = load_prompts(prompts)
         self.accelerator = make_accelerator(config)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
         if config.fsdp:
             check_sharding(config, self.world)
-        self.prompts_per_rollout = config.prompts_per_generation(self.world)
-        config.check_groups(self.world)
+        config.generation_batch_size(self.world)
+        config.check_groups(self.world, needed_by=self.objective.name if self.objective.needs_groups else None)
         check_rollout_config(config)
         self.total_steps = config.total_steps(len(self.dataset), self.world)
         self.resume_from = find_checkpoint(config)
@@ -135,22 +157,25 @@ class Run:
         self.unpatch = apply_liger(on_device, config.use_liger_kernel, accelerator.device)
         scorer = CausalLMScorer(self.model)
         head = None
-        if config.log_z == "learned":
+        if config.log_z == "learned" and self.objective.partition is not None:
             with seeded(config.seed, torch.device("cpu")):
                 head = LogZHead(scorer.head.weight.shape[1], num_layers=config.log_z_num_layers)
             head.to(accelerator.device)
         self.policy = Policy(scorer, head)
         first_prompts = [self._encode(i) for i in range(min(4, len(self.dataset)))]
-        self.engine = make_engine(self.model, self.tokenizer, config, accelerator, probe_prompts=first_prompts)
+        self.engine = self.own_engine
+        if self.engine is None:
+            self.engine = make_engine(self.model, self.tokenizer, config, accelerator, probe_prompts=first_prompts)
         self.engine.sync(0)
-        self.rollout_logps: list[list[float]] | None = None
+        self.engine_logps: list[list[float]] | None = None
         if config.self_check:
             self_check(
                 scorer,
                 self.tokenizer,
                 temperature=config.temperature,
                 sample_prompts_ids=first_prompts,
-                engine=self.engine,
+                engine=None if self.own_engine else self.engine,
+                engine_temperature=config.rollout_temperature,
                 autocast=accelerator.autocast,
             )
         packing = choose_packing(config, scorer, self.base, accelerator=accelerator, sample_prompts_ids=first_prompts)
@@ -168,10 +193,17 @@ class Run:
             "prompts": self.dataset.fingerprint,
             "chat_template": digest(getattr(self.tokenizer, "chat_template", None)),
             "format_fn": getattr(self.format_fn, "__qualname__", None),
+            "rewards": None if self.reward is None else self.reward.names,
             "base_model": weights_fingerprint(self.base.scorer.model),
             "num_processes": self.world,
         }
         self.state = RunState(self.policy, optimizer, self.scheduler, config, identity)
+        table = LogZTable(config.log_z_momentum) if config.log_z == "table" else None
+        buffer = None
+        if config.replay_steps:
+            options = {"prioritized": config.replay_prioritized, "seed": seed_of(config.seed, 0, self.rank)}
+            buffer = ReplayBuffer(config.replay_capacity, **options)
+        self.state.attached = {name: v for name, v in (("log_z_table", table), ("replay", buffer)) if v is not None}
         self.step, self.samples = 0, None
         if self.resume_from is not None:
             self.step, self.samples = self.state.load(self.resume_from, self.rank)
@@ -198,6 +230,22 @@ class Run:
             alpha=self.alpha,
             pad_id=pad_token_id(self.tokenizer, self.model),
             packing=packing,
+            objective=self.objective,
+            log_z_table=table,
+        )
+        self.collector = Collector(
+            config,
+            accelerator,
+            dataset=self.dataset,
+            encode=self._encode,
+            tokenizer=self.tokenizer,
+            engine=self.engine,
+            external=self.own_engine is not None,
+            policy=self.policy,
+            updater=self.updater,
+            format_fn=self.format_fn,
+            reward=self.reward,
+            buffer=buffer,
         )
 
         resuming = self.config.resume_from_checkpoint not in (None, False)
@@ -266,9 +314,12 @@ class Run:
             self._heed_signals()
             if update == 0:
                 with self._abandonable():
-                    self.samples = self._rollout(rollout_number, timings)
-            parts = list(self.samples.split(per_step))
-            part = parts[update % len(parts)]
+                    self.samples = self._collect(rollout_number, timings)
+            if update < config.fresh_updates:
+                parts = list(self.samples.split(per_step))
+                part = parts[update % len(parts)]
+            else:
+                part = self.collector.replay(per_step // config.num_generations)
             # An untrained head starts at the best constant; a first step that is skipped leaves it untrained.
             if self.policy.log_z_head is not None and not self.optimizer.state:
                 self._warm_start(part)
@@ -313,53 +364,10 @@ class Run:
             raise KeyboardInterrupt
         raise RunStopped(str(kept) if kept else None)
 
-    def _rollout(self, number: int, timings: dict[str, float]) -> Samples:
-        """Completions for this device's share of rollout ``number``, scored under p_base and, if needed, the policy."""
-        config, k = self.config, self.config.num_generations
-        started = time.perf_counter()
-        indices = prompt_indices(number, self.prompts_per_rollout, len(self.dataset), config.seed)
-        share = len(indices) // self.world
-        indices = indices[self.rank * share : (self.rank + 1) * share] if self.world > 1 else indices
-        prompts = [ids for i in indices for ids in [self._encode(i)] * k]
-        with gathered(self.policy):
-            rollout = self._draw(prompts, number, self.rank)
-        self.rollout_logps = rollout.logps
-        timings["rollout"] = time.perf_counter() - started
-        started = time.perf_counter()
-        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-        samples = Samples(
-            rollout.prompt_ids,
-            rollout.completion_ids,
-            rollout.finished,
-            group_ids=torch.arange(len(indices)).repeat_interleave(k),
-            psi=self._format_penalties(indices, texts),
-        ).to(self.accelerator.device)
-        samples.base_logps = self.updater.score_base(samples)
-        if config.use_rollout_logps:
-            samples.old_logps = torch.tensor([sum(row) for row in rollout.logps], device=samples.psi.device)
-        elif config.updates_per_generation > 1:
-            samples.old_logps = self.updater.policy_sums(samples)
-        timings["score"] = time.perf_counter() - started
+    def _collect(self, number: int, timings: dict[str, float]) -> Samples:
+        samples, self.engine_logps, indices, texts = self.collector.collect(number, self.step, timings)
         self.log.completions(number, indices, texts)
         return samples
-
-    def _draw(self, prompts: list[list[int]], number: int, rank: int) -> Rollout:
-        """Completions from the weights as they are after ``self.step`` steps, and from no older ones."""
-        self.engine.sync(self.step)
-        wanted = self.engine.logps_are_free or self.config.use_rollout_logps
-        rollout = self.engine.generate(prompts, seed=seed_of(self.config.seed, number, rank), return_logps=wanted)
-        if rollout.weight_version != self.step:
-            raise RolloutError(
-                f"train: the {self.engine.name} engine sampled from the weights of step {rollout.weight_version}, "
-                f"not of step {self.step}"
-            )
-        return rollout
-
-    def _format_penalties(self, indices: list[int], texts: list[str]) -> torch.Tensor:
-        rows = [self.dataset[i] for i in indices for _ in range(self.config.num_generations)]
-        prompts, columns = [row.prompt for row in rows], [row.extra for row in rows]
-        psi = format_penalties(self.format_fn, prompts, texts, columns, penalty=self.config.format_penalty)
-        return torch.tensor(psi, dtype=torch.float32)
 
     def _warm_start(self, samples: Samples) -> None:
         constant = self.updater.mean_target(samples)
@@ -368,7 +376,7 @@ class Run:
 
     def _step(self, samples: Samples, *, first: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
         """One optimiser step, the ``first`` on its rollout or not; none where loss or gradient are not finite."""
-        on_policy = first and not self.config.use_rollout_logps
+        on_policy = first and self.collector.samples_policy
         started = time.perf_counter()
         self.wrapped.train()
         with self._abandonable():
@@ -390,6 +398,7 @@ class Run:
             if not math.isfinite(whole_number(total)):
                 self._stop_non_finite("weights", metrics)
             self.scheduler.step()
+            self.updater.commit()
             self.state.counters["skipped_in_a_row"] = 0
         self.optimizer.zero_grad(set_to_none=True)
         timings["update"] = time.perf_counter() - started
@@ -398,9 +407,9 @@ class Run:
             metrics |= self.updater.metrics(samples, sums)
             metrics |= self.alarms.check(self.step + 1, metrics)
             self.state.counters["alarms"] = self.alarms.state_dict()
-        if first and self.rollout_logps is not None:
+        if first and self.engine_logps is not None and not self.config.rollout_temperature:
             # Both are of the weights that sampled. The sequences of this first step come first in the rollout.
-            metrics |= logp_gap(self.rollout_logps[: len(samples)], sums.token_logps, self.accelerator)
+            metrics |= logp_gap(self.engine_logps[: len(samples)], sums.token_logps, self.accelerator)
         self.throughput.add(timings, sum(map(len, samples.prompt_ids)), sum(samples.lengths))
         metrics |= {f"seconds/{name}": value for name, value in timings.items()}
         return metrics
@@ -438,7 +447,7 @@ class Run:
         with gathered(self.policy):
             if not self.is_main:
                 return []
-            rollout = self._draw(prompts, 0, 0)
+            rollout = self.collector.draw(prompts, 0, 0, self.step)
         texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         return [report.Sample(prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
 

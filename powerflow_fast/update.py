@@ -1,16 +1,17 @@
-"""One optimiser step: scores of a rollout, log Z', and the LA-TB gradient summed over micro-batches.
+"""One optimiser step: scores of a rollout, and the gradient of an objective summed over micro-batches.
 
-Nothing here depends on how sequences are cut into micro-batches: the divisor of the mean is the number of sequences in
-the whole step on all devices, and a group's log Z' always comes from all of its completions.
+Nothing here depends on how sequences are cut into micro-batches: means are over the sequences or tokens of the whole
+step on all devices, and statistics of a group always come from all of its completions.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,59 +21,16 @@ from .alarms import repeated_ngrams
 from .attention import attending, break_even
 from .config import PowerFlowConfig
 from .errors import DeviceMemoryError
+from .log_z_table import LogZTable
+from .logprobs import LogprobStats
 from .models import BaseScorer, CausalLMScorer
-from .objectives import la_tb_loss
+from .objective_registry import Objective, resolve_objective
 from .packing import Batch, pack_batch, pad_batch, segment_sum, token_batches
-from .partition import LogZHead, group_log_z
+from .partition import LogZHead
+from .samples import Samples, runs
+from .trajectories import ObjectiveOutput, Trajectories
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Samples:
-    """Completions of one rollout on this device, and what stays fixed while they are trained on."""
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    finished: list[bool]
-    group_ids: Tensor
-    """(B,) int64: completions with the same number answer the same prompt."""
-    psi: Tensor
-    """(B,) fp32 format penalty, 0 or negative."""
-    base_logps: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(B,) fp32 sums of log-probs under p_base."""
-    old_logps: Tensor | None = None
-    """(B,) fp32 sums under the policy that drew them; None when the rollout serves a single update."""
-
-    def __len__(self) -> int:
-        return len(self.completion_ids)
-
-    def take(self, indices: Sequence[int]) -> Samples:
-        """The sequences with these numbers, in this order; ``base_logps`` must be there."""
-        at = torch.tensor(list(indices), device=self.psi.device)
-        lists = [[values[i] for i in indices] for values in (self.prompt_ids, self.completion_ids, self.finished)]
-        return Samples(*lists, **{name: None if v is None else v[at] for name, v in self.tensors().items()})
-
-    def split(self, size: int) -> Iterator[Samples]:
-        for indices in _runs(len(self), size):
-            yield self.take(indices)
-
-    def to(self, device: torch.device) -> Samples:
-        moved = {name: None if value is None else value.to(device) for name, value in self.tensors().items()}
-        return Samples(self.prompt_ids, self.completion_ids, self.finished, **moved)
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        names = ("group_ids", "psi", "base_logps", "old_logps")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.completion_ids]
-
-
-def _runs(count: int, size: int) -> list[Sequence[int]]:
-    """0, 1, ... count - 1 in runs of ``size``."""
-    return [range(count)[start : start + size] for start in range(0, count, size)]
 
 
 def _in_order(values: Sequence[Tensor], parts: Sequence[Sequence[int]], lengths: Sequence[int] | None = None) -> Tensor:
@@ -84,7 +42,7 @@ def _in_order(values: Sequence[Tensor], parts: Sequence[Sequence[int]], lengths:
 
 class PolicyOutput(NamedTuple):
     logps: Tensor
-    entropy: Tensor | None
+    stats: LogprobStats | None
     log_z: Tensor | None
 
 
@@ -96,26 +54,38 @@ class Policy(nn.Module):
         self.scorer = scorer
         self.log_z_head = log_z_head
 
-    def forward(self, batch: Batch, *, temperature: float, need_entropy: bool = False) -> PolicyOutput:
+    def forward(self, batch: Batch, *, temperature: float, need_stats: bool = False) -> PolicyOutput:
         learned = self.log_z_head is not None
-        out = self.scorer(batch, temperature=temperature, need_entropy=need_entropy, pool_prompt=learned)
+        out = self.scorer(batch, temperature=temperature, need_stats=need_stats, pool_prompt=learned)
         # Not a view: FSDP2 warns of those among the outputs of what it wraps.
         log_z = self.log_z_head(out.pooled_prompt).clone() if learned else None
-        return PolicyOutput(out.logps, out.entropy, log_z)
+        return PolicyOutput(out.logps, out.stats, log_z)
 
 
 class StepSums(NamedTuple):
     """Results of a step, the loss summed and the others in the order of its sequences; (B,) each, detached."""
 
     loss: Tensor
-    delta: Tensor
     weight: Tensor
     logp_mean: Tensor
-    log_z: Tensor
     token_logps: Tensor
     """(N,) log-prob of each completion token under the policy before this step."""
+    delta: Tensor | None
+    """As the next two: what the objective has of it, see :class:`ObjectiveOutput`."""
+    log_z: Tensor | None
+    advantage: Tensor | None
     entropy: Tensor | None
     """(N,) per token."""
+
+
+class _Step(NamedTuple):
+    """A step's loss as a function of its log-probs and log Z, of all sequences at once."""
+
+    output: ObjectiveOutput
+    d_logps: Tensor
+    """(N,)"""
+    d_log_z: Tensor | None
+    """(B,)"""
 
 
 def fitting_memory(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,6 +116,8 @@ class Updater:
         accelerator: for autocast, backward and gradient synchronisation.
         pad_id: any token id; padding is masked.
         packing: the attention of packed rows, from :func:`choose_packing`; None: rows are padded.
+        objective: the loss, a name or the result of :func:`resolve_objective`.
+        log_z_table: running estimates that stand in for the objective's own, by prompt; see :meth:`commit`.
     """
 
     def __init__(
@@ -158,12 +130,17 @@ class Updater:
         alpha: float,
         pad_id: int,
         packing: str | None = None,
+        objective: str | Objective = "la_tb",
+        log_z_table: LogZTable | None = None,
     ):
         self.policy, self.base, self.accelerator = policy, base, accelerator
+        self.objective, self.log_z_table = resolve_objective(objective), log_z_table
+        learned = accelerator.unwrap_model(policy).log_z_head is not None
+        self._grouped = self.objective.needs_groups or (self.objective.partition is not None and not learned)
+        self._estimates: dict[str, float] = {}
         self.config, self.alpha, self.pad_id, self.packing = config, alpha, pad_id, packing
         self._break_even = break_even(base.scorer.model, packing) if packing else None
         self.micro_batch_size, self.max_tokens = config.per_device_train_batch_size, config.max_tokens_per_batch
-        self._ratio = {"clip": config.importance_clip, "importance_level": config.importance_level}
         self._warned = False
 
     # Micro-batches
@@ -174,8 +151,8 @@ class Updater:
         A sharded model gathers its weights in each forward, on all devices at once.
         """
         if self.max_tokens is None:
-            return _runs(len(samples), self.micro_batch_size)
-        units = _runs(len(samples), self.config.num_generations if whole_groups else 1)
+            return runs(len(samples), self.micro_batch_size)
+        units = runs(len(samples), self.config.num_generations if whole_groups else 1)
         sizes = self._tokens(samples, units)
         if not self._warned and not whole_groups and max(sizes) > self.max_tokens:
             self._warned = True
@@ -202,7 +179,7 @@ class Updater:
         k = self.config.num_generations
         if self.max_tokens is None:
             return self.micro_batch_size % k == 0
-        return self._most(max(self._tokens(samples, _runs(len(samples), k)))) <= self.max_tokens
+        return self._most(max(self._tokens(samples, runs(len(samples), k)))) <= self.max_tokens
 
     def _most(self, number: int) -> int:
         """The largest ``number`` of all devices."""
@@ -261,97 +238,133 @@ class Updater:
 
     @fitting_memory
     def score_base(self, samples: Samples) -> Tensor:
-        """(B,) sums of log-probs under p_base."""
+        """(N,) log-probs under p_base."""
         parts = self._micro_batches(samples)
         with self.accelerator.autocast(), self._attention():
-            sums = [self.base.score(self._batch(samples, p), temperature=self.config.temperature) for p in parts]
-        return _in_order(sums, parts)
+            logps = [self.base.score(self._batch(samples, p), temperature=self.config.temperature) for p in parts]
+        return _in_order(logps, parts, samples.lengths)
 
     @fitting_memory
     @torch.no_grad()
-    def score_policy(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """(N,) packed log-probs under the policy as it is now, and their (B + 1,) int32 boundaries."""
+    def score_policy(
+        self, samples: Samples, *, temperature: float | None = None, need_stats: bool = False
+    ) -> PolicyOutput:
+        """Of the policy as it is now, in the order of the sequences; at ``config.temperature`` if none is given."""
         parts = self._micro_batches(samples)
+        options = {"temperature": temperature or self.config.temperature, "need_stats": need_stats}
         with self._attention(), self.accelerator.autocast():
-            out = [self.policy(self._batch(samples, p), temperature=self.config.temperature) for p in parts]
-        lengths = torch.tensor([0, *samples.lengths]).cumsum(0)
+            out = [self.policy(self._batch(samples, p), **options) for p in parts]
         logps = _in_order([o.logps.float() for o in out], parts, samples.lengths)
-        return logps, lengths.int().to(self.accelerator.device)
-
-    def policy_sums(self, samples: Samples) -> Tensor:
-        """(B,) sums of :meth:`score_policy`."""
-        return segment_sum(*self.score_policy(samples))
+        stats = log_z = None
+        if need_stats:
+            stats = LogprobStats(
+                *(_in_order(v, parts, samples.lengths) for v in zip(*(o.stats for o in out), strict=True))
+            )
+        if out[0].log_z is not None:
+            log_z = _in_order([o.log_z.float() for o in out], parts)
+        return PolicyOutput(logps, stats, log_z)
 
     def mean_target(self, samples: Samples) -> float:
-        """Mean over the sequences of all devices of α (r + ψ) − s: the log Z' that a constant would fit best."""
+        """The log Z that a constant would fit best: the mean over the sequences of all devices of log R − log π, per
+        token where the objective's log Z is; with log R = α (log p_base + ψ |y|)."""
         lengths = torch.tensor(samples.lengths, device=self.accelerator.device)
+        logps = self.score_policy(samples).logps
+        excess = segment_sum(self.alpha * samples.base_logps.double() - logps.double(), samples.cu_seqlens)
+        target = excess + self.alpha * samples.psi * lengths
+        if self.objective.partition == "per_token":
+            target = target / lengths.clamp(min=1)
         kept = lengths > 0
-        per_token = self.alpha * (samples.base_logps / lengths + samples.psi) - self.policy_sums(samples) / lengths
-        total = torch.stack([per_token[kept].sum(), kept.sum().to(per_token.dtype)])
+        total = torch.stack([target[kept].sum(), kept.sum().to(target.dtype)]).float()
         total = self.accelerator.reduce(total, reduction="sum")
         return float(total[0] / total[1].clamp_min(1))
 
     @fitting_memory
     def gradient(self, samples: Samples, *, on_policy: bool, need_entropy: bool) -> StepSums:
         """Add the step's gradient to ``.grad``; ``samples`` are this device's share of the step, w = 1 if on-policy."""
-        config, accelerator = self.config, self.accelerator
-        with_tokens = torch.tensor(sum(length > 0 for length in samples.lengths), device=accelerator.device)
-        total = int(accelerator.reduce(with_tokens, reduction="sum"))
-        log_z_of_step = None
-        # Whole groups in each micro-batch give their own log Z'; otherwise the step scores its sequences first.
-        whole_groups = config.log_z == "group" and self._groups_fit(samples)
-        if config.log_z == "group" and not whole_groups:
-            log_z_of_step = self._group_log_z(samples, *self.score_policy(samples), on_policy)
+        accelerator = self.accelerator
+        counts = torch.tensor([sum(n > 0 for n in samples.lengths), sum(samples.lengths)], device=accelerator.device)
+        sequences, tokens = accelerator.reduce(counts, reduction="sum").tolist()
+        terms = {"on_policy": on_policy, "num_sequences": max(sequences, 1), "num_tokens": max(tokens, 1)}
+        self._estimates.clear()
+        # Whole groups in each micro-batch give their own statistics; otherwise the step scores its sequences first.
+        whole_groups = self._grouped and self._groups_fit(samples)
+        step = self._whole_step(samples, **terms) if self._grouped and not whole_groups else None
         parts = self._micro_batches(samples, whole_groups=whole_groups)
-        results = []
+        results, token_logps, entropy = [], [], []
         for number, indices in enumerate(parts):
             last = number == len(parts) - 1
             part = samples.take(indices)
             with nullcontext() if last else accelerator.no_sync(self.policy), self._attention():
                 batch = self._batch(samples, indices)
                 with accelerator.autocast():
-                    out = self.policy(batch, temperature=config.temperature, need_entropy=need_entropy)
+                    out = self.policy(batch, temperature=self.config.temperature, need_stats=need_entropy)
                 logps = out.logps.float()
-                if config.log_z == "learned":
-                    log_z = out.log_z.float()
-                elif log_z_of_step is None:
-                    log_z = self._group_log_z(part, logps.detach(), batch.cu_seqlens, on_policy)
+                log_z = None if out.log_z is None else out.log_z.float()
+                if step is None:
+                    results.append(self._objective(part, logps, log_z, **terms))
+                    loss = results[-1].loss
                 else:
-                    log_z = log_z_of_step[torch.tensor(list(indices), device=log_z_of_step.device)]
-                result = la_tb_loss(
-                    logps,
-                    part.base_logps,
-                    log_z,
-                    batch.cu_seqlens,
-                    alpha=self.alpha,
-                    psi=part.psi,
-                    old_logps=None if on_policy else part.old_logps,
-                    num_sequences=max(total, 1),
-                    **self._ratio,
-                )
+                    loss = _surrogate(step, samples, indices, logps, log_z)
                 # Data-parallel wrappers average gradients over devices; the loss is a share of one global mean.
-                accelerator.backward(result.loss * accelerator.num_processes)
-            per_sequence = (result.loss.detach(), result.delta, result.weight, result.logp_mean, log_z.detach())
-            results.append((*per_sequence, logps.detach(), out.entropy))
-        loss, *per_sequence, token_logps, entropy = zip(*results, strict=True)
+                accelerator.backward(loss * accelerator.num_processes)
+            token_logps.append(logps.detach())
+            entropy.append(out.stats.entropy if need_entropy else None)
+        if step is None:
+            columns = {name: [getattr(r, name) for r in results] for name in ObjectiveOutput._fields}
+            loss = torch.stack([value.detach() for value in columns.pop("loss")]).sum()
+            output = {k: None if v[0] is None else _in_order(v, parts) for k, v in columns.items()}
+        else:
+            output = step.output._asdict()
+            loss = output.pop("loss").detach()
         return StepSums(
-            torch.stack(loss).sum(),
-            *(_in_order(values, parts) for values in per_sequence),
-            _in_order(token_logps, parts, samples.lengths),
-            _in_order(entropy, parts, samples.lengths) if need_entropy else None,
+            loss=loss,
+            token_logps=_in_order(token_logps, parts, samples.lengths),
+            entropy=_in_order(entropy, parts, samples.lengths) if need_entropy else None,
+            **output,
         )
 
-    def _group_log_z(self, samples: Samples, logps: Tensor, cu_seqlens: Tensor, on_policy: bool) -> Tensor:
-        return group_log_z(
-            logps,
-            samples.base_logps,
-            samples.group_ids,
-            cu_seqlens,
+    def _objective(
+        self, samples: Samples, logps: Tensor, log_z: Tensor | None, *, on_policy: bool, **divisors: int
+    ) -> ObjectiveOutput:
+        trajectories = Trajectories(
+            logps=logps,
+            base_logps=samples.base_logps,
+            cu_seqlens=samples.cu_seqlens,
             alpha=self.alpha,
+            log_z=log_z if self.objective.partition is not None else None,
+            group_ids=samples.group_ids,
             psi=samples.psi,
+            rewards=samples.rewards,
             old_logps=None if on_policy else samples.old_logps,
-            **self._ratio,
+            clip=self.config.importance_clip,
+            importance_level=self.config.importance_level,
+            **divisors,
         )
+        if self.log_z_table is not None:
+            # Read before it is updated: the estimate is then independent of these very completions.
+            own = self.objective(replace(trajectories, logps=logps.detach())).log_z
+            keys = [_key(ids) for ids in samples.prompt_ids]
+            self._estimates |= {k: v for k, v, n in zip(keys, own.tolist(), samples.lengths, strict=True) if n}
+            trajectories = replace(trajectories, log_z=self.log_z_table.get(keys, own))
+        return self.objective(trajectories)
+
+    def _whole_step(self, samples: Samples, **terms: Any) -> _Step:
+        """The derivatives of the step's loss by its log-probs, which the micro-batches then pass on to the weights."""
+        scores = self.score_policy(samples)
+        leaves = [t.requires_grad_() for t in (scores.logps, scores.log_z) if t is not None]
+        with torch.enable_grad():
+            output = self._objective(samples, scores.logps, scores.log_z, **terms)
+            gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
+        return _Step(output, gradients[0], gradients[1] if len(leaves) > 1 else None)
+
+    def commit(self) -> None:
+        """Let the step's estimates of log Z into the table, those of all devices."""
+        if self.log_z_table is None:
+            return
+        from accelerate.utils import gather_object
+
+        estimates = [pair for part in gather_object([list(self._estimates.items())]) for pair in part]
+        self.log_z_table.update([key for key, _ in estimates], torch.tensor([value for _, value in estimates]))
 
     def metrics(self, samples: Samples, sums: StepSums) -> dict[str, float]:
         """Means over the sequences (entropy: tokens) of all devices; names as in ``report.METRICS``."""
@@ -360,16 +373,16 @@ class Updater:
         kept = lengths > 0
         low, high = self.config.importance_clip
         per_sequence = {
-            "delta_abs": sums.delta.abs(),
-            "log_z": sums.log_z,
             "policy_logp": sums.logp_mean,
-            "base_logp": samples.base_logps / lengths.clamp_min(1),
+            "base_logp": segment_sum(samples.base_logps.double(), samples.cu_seqlens) / lengths.clamp_min(1),
             "length": lengths.float(),
             "finished": torch.tensor(samples.finished, device=device).float(),
             "format_ok": (samples.psi == 0).float(),
             "importance_weight": sums.weight,
             "clip_fraction": ((sums.weight <= low) | (sums.weight >= high)).float(),
         }
+        own = {"delta_abs": sums.delta, "log_z": sums.log_z, "advantage_abs": sums.advantage, "reward": samples.rewards}
+        per_sequence |= {k: v.abs() if k.endswith("_abs") else v for k, v in own.items() if v is not None}
         totals = [value[kept].double().sum() for value in per_sequence.values()]
         totals += [kept.sum().double(), sums.entropy.double().sum(), lengths.sum().double()]
         totals += [lengths.new_tensor(n, dtype=torch.float64) for n in repeated_ngrams(samples.completion_ids)]
@@ -377,3 +390,17 @@ class Updater:
         *means, count, entropy, tokens, repeated, grams = totals
         metrics = {name: total / max(count, 1) for name, total in zip(per_sequence, means, strict=True)}
         return metrics | {"entropy": entropy / max(tokens, 1), "repetition": repeated / max(grams, 1)}
+
+
+def _surrogate(step: _Step, samples: Samples, indices: Sequence[int], logps: Tensor, log_z: Tensor | None) -> Tensor:
+    """A number whose gradient by the weights is that of the step's loss through these sequences."""
+    pieces = step.d_logps.split(samples.lengths)
+    loss = (logps * torch.cat([pieces[i] for i in indices])).sum()
+    if step.d_log_z is not None:
+        loss = loss + (log_z * step.d_log_z[torch.tensor(list(indices), device=logps.device)]).sum()
+    return loss
+
+
+def _key(prompt_ids: Sequence[int]) -> str:
+    """The same for the same prompt, in this run and the next."""
+    return hashlib.blake2b(" ".join(map(str, prompt_ids)).encode(), digest_size=12).hexdigest()

@@ -19,7 +19,7 @@ from powerflow_fast.models import (
     max_positions,
     pad_token_id,
 )
-from powerflow_fast.packing import pack_batch, pad_batch, segment_sum
+from powerflow_fast.packing import pack_batch, pad_batch
 
 PROMPTS = ragged_ids([1, 6, 3, 2], seed=1)
 COMPLETIONS = ragged_ids([5, 2, 0, 7], seed=2)
@@ -197,7 +197,7 @@ def test_entropy_and_pooled_prompt(arch, packed):
     model = tiny_model(arch)
     scorer = CausalLMScorer(model)
     made = pack_batch(PROMPTS, COMPLETIONS) if packed else batch()
-    out = scorer(made, temperature=1.3, need_entropy=True, pool_prompt=True)
+    out = scorer(made, temperature=1.3, need_stats=True, pool_prompt=True)
     logps, pooled = [], []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
         logits = plain_logits(model, prompt + completion)[len(prompt) - 1 : len(prompt + completion) - 1]
@@ -205,11 +205,11 @@ def test_entropy_and_pooled_prompt(arch, packed):
         hidden = model.model(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state[0]
         pooled.append(hidden.mean(0))  # every prompt token, the last one included
     logps = torch.cat(logps)
-    assert torch.allclose(out.entropy, -(logps.exp() * logps).sum(-1), atol=1e-4)
+    assert torch.allclose(out.stats.entropy, -(logps.exp() * logps).sum(-1), atol=1e-4)
     assert torch.allclose(out.pooled_prompt, torch.stack(pooled), atol=1e-5)
-    assert out.logps.requires_grad and not out.entropy.requires_grad and not out.pooled_prompt.requires_grad
+    assert out.logps.requires_grad and not out.stats.entropy.requires_grad and not out.pooled_prompt.requires_grad
     with torch.no_grad():
-        again = scorer(batch(), temperature=1.3, need_entropy=True)
+        again = scorer(batch(), temperature=1.3, need_stats=True)
     assert torch.allclose(again.logps, out.logps, atol=1e-6)
     assert again.pooled_prompt is None
 
@@ -265,12 +265,12 @@ def test_base_copy_does_not_move():
         base = make_base(model)
         assert base.mode == "copy"
         model.eval()
-        want = segment_sum(plain_logps(model, 0.9), batch().cu_seqlens)
+        want = plain_logps(model, 0.9)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
         got = base.score(batch(), temperature=0.9)
-        assert torch.allclose(got, want, atol=1e-4) and got[2] == 0
+        assert torch.allclose(got, want, atol=1e-4)
         assert not got.requires_grad
         frozen = list(base.scorer.parameters())
         assert not any(p.requires_grad for p in frozen) and not base.scorer.model.training
@@ -292,19 +292,19 @@ def test_base_on_the_cpu():
 @pytest.mark.parametrize("arch", ["llama", "llama_tied", "gpt2"])
 def test_lora_base_is_the_original(arch):
     model = disable_dropout(tiny_model(arch))
-    want = segment_sum(plain_logps(model, 1.0), batch().cu_seqlens)
+    want = plain_logps(model, 1.0)
     policy = add_lora(copy.deepcopy(model), r=4, alpha=8)
     scorer = CausalLMScorer(policy).train()
     base = make_base(policy)
     assert base.mode == "adapter_off"
     fresh = scorer(batch(), temperature=1.0)
-    assert torch.allclose(segment_sum(fresh.logps, fresh.cu_seqlens), want, atol=1e-4)
+    assert torch.allclose(fresh.logps, want, atol=1e-4)
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.normal_()
     moved = scorer(batch(), temperature=1.0)
-    assert (segment_sum(moved.logps, moved.cu_seqlens) - want).abs().max() > 0.1
+    assert (moved.logps - want).abs().max() > 0.1
     assert torch.allclose(base.score(batch(), temperature=1.0), want, atol=1e-4)
     assert scorer.training and policy.training
     scorer(batch(), temperature=1.0).logps.sum().backward()
@@ -312,9 +312,7 @@ def test_lora_base_is_the_original(arch):
     assert trained and all("lora_" in name for name in trained)
     assert trained == {name for name, p in policy.named_parameters() if "lora_" in name}
     assert isinstance(find_head(policy).module, torch.nn.Linear)
-    assert torch.allclose(
-        make_base(policy, "copy").score(batch(), temperature=1.0), segment_sum(moved.logps, moved.cu_seqlens), atol=1e-4
-    )
+    assert torch.allclose(make_base(policy, "copy").score(batch(), temperature=1.0), moved.logps, atol=1e-4)
 
 
 def test_add_lora_errors(monkeypatch):

@@ -13,7 +13,8 @@ from tiny import PAD, one_thread, ragged_ids, tiny_model  # noqa: F401
 from powerflow_fast import PowerFlowConfig
 from powerflow_fast.models import CausalLMScorer, disable_dropout, make_base
 from powerflow_fast.partition import LogZHead
-from powerflow_fast.update import Policy, Samples, Updater
+from powerflow_fast.samples import Samples
+from powerflow_fast.update import Policy, Updater
 
 K = 3
 PROMPTS = [ids for ids in ragged_ids([2, 7, 4, 1], seed=1) for _ in range(K)]
@@ -21,7 +22,7 @@ COMPLETIONS = ragged_ids([5, 1, 9, 0, 12, 3, 2, 7, 20, 4, 4, 6], seed=2)  # leng
 LENGTHS = [len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
 
 
-def updater(arch, *, packing=None, **options):
+def updater(arch, *, packing=None, objective="la_tb", **options):
     options = {"alpha": 2.0, "num_generations": K, "per_device_train_batch_size": 12, "temperature": 0.8, **options}
     config = PowerFlowConfig(**options)
     base = make_base(disable_dropout(tiny_model(arch, seed=1)))
@@ -33,7 +34,9 @@ def updater(arch, *, packing=None, **options):
         for p in head.parameters():
             torch.nn.init.normal_(p, std=0.3)
     policy = Policy(scorer, head)
-    return Updater(policy, base, Accelerator(cpu=True), config, alpha=2.0, pad_id=PAD, packing=packing)
+    return Updater(
+        policy, base, Accelerator(cpu=True), config, alpha=2.0, pad_id=PAD, packing=packing, objective=objective
+    )
 
 
 def samples_for(made):
@@ -41,7 +44,9 @@ def samples_for(made):
     groups = torch.arange(4).repeat_interleave(K)
     samples = Samples(PROMPTS, COMPLETIONS, [len(c) % 2 == 0 for c in COMPLETIONS], groups, psi)
     samples.base_logps = made.score_base(samples)
-    samples.old_logps = made.policy_sums(samples) + torch.linspace(-0.5, 0.5, 12)
+    lengths = torch.tensor(samples.lengths)
+    shift = torch.linspace(-0.5, 0.5, 12) / lengths.clamp(min=1)  # of whole sequences
+    samples.old_logps = made.score_policy(samples).logps + shift.repeat_interleave(lengths)
     return samples
 
 
@@ -54,8 +59,8 @@ def everything(made, on_policy):
     samples = samples_for(made)
     sums = made.gradient(samples, on_policy=on_policy, need_entropy=True)
     found = {f"d {name}": p.grad for name, p in made.policy.named_parameters() if p.grad is not None}
-    found |= {"base": samples.base_logps, "old": samples.old_logps, "policy": made.score_policy(samples)[0]}
-    return found | sums._asdict()
+    found |= {"base": samples.base_logps, "old": samples.old_logps, "policy": made.score_policy(samples).logps}
+    return found | {name: value for name, value in sums._asdict().items() if value is not None}
 
 
 CUTS = {
