@@ -116,6 +116,26 @@ def test_micro_batches_of_whole_groups_add_up(case):
     torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("case", [c for c in CLOSED if c[0] != "flowrl"], ids=identify)
+def test_the_log_z_of_the_step_serves_parts_of_a_group(case):
+    """Where a group does not fit into a call: its log Z from one without gradients, then given to each part."""
+    name, options = case
+    whole = make([4, 2, 7, 1, 3], [1, 2, 1, 2, 1], old=True)
+    _, (gradient,) = run(name, whole, options)
+    with torch.no_grad():
+        log_z = getattr(family, name)(whole, **options).log_z
+    gradients, at = [], 0
+    for i, length in enumerate([4, 2, 7, 1, 3]):
+        fields = {k: getattr(whole, k).detach()[at : at + length] for k in ("logps", "base_logps", "old_logps")}
+        fields |= {k: getattr(whole, k)[i : i + 1] for k in ("psi", "rewards", "group_ids")}
+        fields |= {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32), "log_z": log_z[i : i + 1]}
+        part = change(whole, **fields, num_sequences=5)
+        part.logps.requires_grad_()
+        gradients.append(torch.autograd.grad(getattr(family, name)(part, **options).loss, part.logps)[0])
+        at += length
+    torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-11, atol=1e-14)
+
+
 @pytest.mark.parametrize("case", CLOSED, ids=identify)
 @pytest.mark.parametrize("lengths", [[0, 3, 0, 5, 2], [0, 0], []])
 def test_empty_completions_add_nothing(case, lengths):
