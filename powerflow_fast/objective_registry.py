@@ -45,7 +45,7 @@ class Objective:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the keyword options, without those that only some other ``**kwargs`` would take."""
+        """Names of the function's keyword-only parameters."""
         return tuple(p.name for p in _parameters(self.function) if p.kind is p.KEYWORD_ONLY)
 
     def __call__(self, trajectories: Trajectories) -> ObjectiveOutput:
@@ -197,7 +197,8 @@ def resolve_objective(
             hint = suggest(name, found.options)
             raise ValueError(f"resolve_objective: {found.name} has the options {known}, got {name!r}{hint}")
     found = dataclasses.replace(found, bound={**found.bound, **options})
-    if found.name in OBJECTIVES and options and not any(isinstance(v, Tensor) for v in options.values()):
+    ours = found.name in OBJECTIVES and found.function is OBJECTIVES[found.name].function
+    if ours and options and not any(isinstance(v, Tensor) for v in found.bound.values()):
         _call_once(found)
     return found
 

@@ -47,7 +47,8 @@ class ResidualLoss:
     slope: Callable[[Tensor], Tensor]
     """g'(δ)."""
     centre: Callable[[Moments], Tensor]
-    """argmin over c of the group's mean of g(c − x)."""
+    """argmin over c of the group's mean of g(c − x): exact as long as no exponent passes ``LIMIT``. With the exponents
+    of linex and half_linex none can; shifted_cosh has one in each direction, and a group may spread by more."""
     formula: str
     divergence: str
     """D(π, p) of which the on-policy gradient is, with the target's own log Z."""

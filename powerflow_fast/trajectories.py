@@ -42,7 +42,7 @@ class ObjectiveOutput(NamedTuple):
     """(B,) the advantage of a policy gradient (its mean over the tokens where each has its own)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectories:
     """B packed completions of N tokens in all, as every objective takes them. Frozen; results are cached.
 

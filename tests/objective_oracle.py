@@ -31,13 +31,18 @@ def make(lengths=LENGTHS, groups=GROUPS, *, dtype=torch.float64, seed=0, log_z=F
         "rewards": rand(b),
         "log_z": 2 * rand(b) - 1 if log_z else None,
         "psi": -0.2 * rand(b).round() if psi else None,
-        "old_logps": logps + 0.2 * rand(n) - 0.1 if old else None,
+        "old_logps": logps + 0.2 * rand(n) - 0.1 + torch.linspace(-0.05, 0.15, n) if old else None,
     } | fields
     fields = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in fields.items()}
     for name in ("logps", "log_z"):
         if fields[name] is not None:
             fields[name].requires_grad_()
     return Trajectories(**fields)
+
+
+def change(t, **fields):
+    """The same trajectories but for these fields."""
+    return Trajectories(**({k: getattr(t, k) for k in t.__dataclass_fields__} | fields))
 
 
 def exact(t):
@@ -109,7 +114,7 @@ def balance(t, terms, residual_loss="squared", learned=True):
         if c is None:
             fixed = [(m.weight * v, k, float(e.detach())) for m in s.members for v, k, e in terms(m)]
             c = zero_of(lambda c, fixed=fixed: sum(v * k * slope(c * k + e) for v, k, e in fixed))
-        log_z[s.i] = float(torch.as_tensor(c).detach())
+        log_z[s.i] = float(c.detach() if isinstance(c, torch.Tensor) else c)
         loss = loss + s.weight * sum(v * value(c * m + e) for v, m, e in terms(s))
     return loss / (t.num_sequences or max(len(found), 1)), log_z
 
@@ -162,7 +167,7 @@ def oracle(name, t, **options):
             for k in range(s.length):
                 clipped = min(max(float(ratio[k].detach()), low), high)
                 plain = ratio[k] * a[s.i]
-                term = -(plain if float(plain.detach()) <= clipped * a[s.i] else torch.tensor(clipped * a[s.i]))
+                term = -(plain if float(plain.detach()) <= clipped * a[s.i] else plain.new_tensor(clipped * a[s.i]))
                 d = s.base[k] - s.logps[k]
                 term = term + options.get("kl_coefficient", 0.0) * (d.exp() - d - 1)
                 if options.get("aggregation", "dapo") == "dapo":
@@ -171,7 +176,7 @@ def oracle(name, t, **options):
                     loss = loss + term / s.length / n
         return loss, None
     for s in found:
-        rewards = {m.i: float(-(m.gap.sum() if name == "rl_trajectory" else m.gap.mean())) for m in s.members}
+        rewards = {m.i: -float((m.gap.sum() if name == "rl_trajectory" else m.gap.mean()).detach()) for m in s.members}
         among = [m for m in s.members if options.get("baseline", "group") == "group" or m.i != s.i]
         total = sum(m.weight for m in among)
         baseline = sum(m.weight * rewards[m.i] for m in among) / total if total else rewards[s.i]
