@@ -34,8 +34,11 @@ _mount_kernels()
 from .config import PowerFlowConfig  # noqa: E402  (the kernels are mounted first)
 from .linear_la_tb import linear_la_tb_loss  # noqa: E402
 from .logprobs import LogprobStats, linear_logprob_stats, linear_logprobs, sequence_logprobs  # noqa: E402
+from .objective_registry import resolve_objective  # noqa: E402
 from .objectives import LATBOutput, la_tb_loss  # noqa: E402
 from .partition import LogZHead, group_log_z  # noqa: E402
+from .patching import patch_causal_lm  # noqa: E402
+from .trajectories import ObjectiveOutput, Trajectories  # noqa: E402
 
 if TYPE_CHECKING:
     from .trainer import StepReport, TrainResult, train
@@ -44,14 +47,18 @@ __all__ = [
     "LATBOutput",
     "LogZHead",
     "LogprobStats",
+    "ObjectiveOutput",
     "PowerFlowConfig",
     "StepReport",
     "TrainResult",
+    "Trajectories",
     "group_log_z",
     "la_tb_loss",
     "linear_la_tb_loss",
     "linear_logprob_stats",
     "linear_logprobs",
+    "patch_causal_lm",
+    "resolve_objective",
     "sequence_logprobs",
     "train",
 ]

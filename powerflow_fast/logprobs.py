@@ -231,6 +231,12 @@ def linear_logprobs(
 
     Source: the method's s and r terms, PowerFlow (arXiv 2603.18363); the tiling is ours.
     """
+    if torch.compiler.is_compiling():
+        from . import compiled  # one operator instead of a graph break; it imports this module
+
+        options = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
+        options |= {"ignore_index": ignore_index, "backend": backend, "cache_bytes": cache_bytes}
+        return compiled.linear_logprobs(hidden, weight, labels, bias=bias, **options)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     transform = check_linear_inputs("linear_logprobs", hidden, weight, labels, bias, transform, ignore_index)

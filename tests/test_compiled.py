@@ -115,6 +115,21 @@ def test_compiles_to_one_graph_with_a_dynamic_number_of_rows(trainable, cache_by
     assert counter.frame_count == 1
 
 
+def test_the_public_functions_compile_whole():
+    """They hand over to the operators where a compiler looks."""
+    offsets = torch.tensor([0, 5, 5, 13], dtype=torch.int32)
+
+    def sums(hidden, weight, labels, bias):
+        return powerflow_fast.sequence_logprobs(hidden, weight, labels, offsets, bias=bias)
+
+    for function in (eager, sums):
+        counter = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(function, fullgraph=True, backend=counter)
+        inputs = tensors(trainable=("hidden", "weight"))
+        assert_same_bits(outcome(run, inputs), outcome(function, inputs))
+        assert counter.frame_count == 1
+
+
 def test_numbers_may_change_between_calls():
     run = torch.compile(operator, fullgraph=True, backend="aot_eager", dynamic=True)
     inputs = tensors()

@@ -280,11 +280,12 @@ def test_bad_results(function, error, match):
 # docs/objectives.md
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
-def rows(heading):
+def rows(heading, page=PAGE):
     """The cells of the table under ``heading``."""
-    lines = PAGE.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
+    lines = page.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
     table = [line for line in lines if line.startswith("|")][2:]
     return [
         [cell.strip().strip("`").replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table
@@ -292,7 +293,8 @@ def rows(heading):
 
 
 def test_the_page_matches_the_registry():
-    assert rows("Objectives") == [[o.name, o.formula, o.target, o.when] for o in OBJECTIVES.values()]
+    for page in (PAGE, README):
+        assert rows("Objectives", page) == [[o.name, o.formula, o.target, o.when] for o in OBJECTIVES.values()]
     assert rows("Residual losses") == [[g.name, g.formula, g.divergence, g.character] for g in RESIDUAL_LOSSES.values()]
     needs = [
         [o.name, o.partition or "–", "yes" if o.needs_groups else "–", "yes" if o.needs_rewards else "–"]
