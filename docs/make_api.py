@@ -149,8 +149,8 @@ def code(name: str, value: Any) -> str:
         keyword_only = keyword_only or p.kind is p.KEYWORD_ONLY
         stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
         annotated = "" if p.annotation is p.empty else f": {annotation(p.annotation)}"
-        value = p.default.__name__ if inspect.isfunction(p.default) else repr(p.default)  # a repr has an address
-        default = "" if p.default is p.empty else f" = {value}" if annotated else f"={value}"
+        shown = p.default.__name__ if inspect.isfunction(p.default) else repr(p.default)  # a repr has an address
+        default = "" if p.default is p.empty else f" = {shown}" if annotated else f"={shown}"
         parameters.append(stars + p.name + annotated + default)
     empty = inspect.isclass(value) or signature.return_annotation is signature.empty
     end = ")" if empty else f") -> {annotation(signature.return_annotation)}"
