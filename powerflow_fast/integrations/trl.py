@@ -7,7 +7,6 @@ What changes: completions are scored with ``linear_logprobs`` under the policy a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -99,10 +98,13 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 
 
-def _opt(name: str, **options: Any) -> Any:
+def _opt(name: str) -> Any:
     """A field with the default and the help text that :class:`PowerFlowConfig` has for ``name``."""
     own = PowerFlowConfig.__dataclass_fields__[name]
-    return field(**{"default": own.default, "metadata": {"help": own.metadata["help"]}, **options})
+    metadata = {"help": own.metadata["help"]}
+    if isinstance(own.default, tuple):  # the command line of transformers knows lists only
+        return field(default_factory=lambda: list(own.default), metadata=metadata)
+    return field(default=own.default, metadata=metadata)
 
 
 @dataclass
@@ -119,9 +121,7 @@ class PowerFlowTRLConfig(GRPOConfig):
     log_z_num_layers: int = _opt("log_z_num_layers")
     format_penalty: float = _opt("format_penalty")
     importance_level: str = _opt("importance_level")
-    importance_clip: list[float] = _opt(
-        "importance_clip", default=dataclasses.MISSING, default_factory=lambda: [0.8, 1.2]
-    )
+    importance_clip: list[float] = _opt("importance_clip")  # noqa: RUF009  (a new list for each)
     base: str = _opt("base")
     disable_dropout: bool = field(default=True, metadata={"help": "must stay True"})
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "must stay 0.0"})
