@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import random
 import subprocess
 import sys
-import types
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from powerflow_fast.errors import CheckpointError, ConfigError, ModelError  # noqa: E402
+from powerflow_fast.errors import CheckpointError, ConfigError  # noqa: E402
 from powerflow_fast.integrations import trl as integration  # noqa: E402
 from powerflow_fast.integrations.trl import PowerFlowTRLConfig, PowerFlowTRLTrainer  # noqa: E402
 
@@ -31,39 +33,26 @@ def quiet(monkeypatch):
     monkeypatch.setenv("CI", "1")  # TRL reports its use to the hub otherwise
 
 
+HERE = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+SIZES = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 2}
+STEPS = {"save_strategy": "no", "logging_steps": 1, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
+
+
 def config(folder, **options):
-    defaults = {
-        "alpha": 4.0,
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "num_generations": 4,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 6,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "max_steps": 2,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-    }
-    return PowerFlowTRLConfig(**{**defaults, **options})
+    return PowerFlowTRLConfig(**{"alpha": 4.0, "output_dir": str(folder), **HERE, **SIZES, **STEPS, **options})
 
 
-def trainer(folder, model=None, *, eval_rows=None, format_fn=None, reward_funcs=None, peft_config=None, **options):
+def trainer(folder, model=None, *, cls=PowerFlowTRLTrainer, rows=ROWS, eval_rows=None, **options):
+    passed_on = {name: options.pop(name, None) for name in ("format_fn", "reward_funcs", "peft_config")}
     model = tiny_model() if model is None else model
     model.generation_config.eos_token_id = [EOS, *range(20, 32)]  # so that completions end at all lengths
-    return PowerFlowTRLTrainer(
+    return cls(
         model,
         args=config(folder, **options),
-        format_fn=format_fn,
-        reward_funcs=reward_funcs,
-        peft_config=peft_config,
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=Dataset.from_list(rows),
         eval_dataset=eval_rows and Dataset.from_list(eval_rows),
         processing_class=tiny_tokenizer(),
+        **passed_on,
     )
 
 
@@ -122,7 +111,7 @@ def test_loss_and_gradients_are_those_of_plain_logits(tmp_path, arch, log_z, mic
         format_fn=lambda prompt, completion, tag: tag == 0,
         **options,
     )
-    base, sampler = (fp64(t.model, arch) for _ in range(2))
+    base = fp64(t.model, arch)
     t.model.train()
     moved(t.model)  # from here on it samples with other weights than p_base's
     sampler = fp64(t.model, arch)
@@ -249,8 +238,8 @@ def test_bf16_and_checkpointing_which_are_trls_defaults(tmp_path, use_lora):
     assert t.args.bf16 and t.accelerator.mixed_precision == "bf16"
     before = [p.detach().clone() for p in t.model.parameters()]
     t.train()
-    # Policy and base are one model in the first step, and are scored under the same autocast.
-    assert history(t, "policy_logp")[0] == pytest.approx(history(t, "base_logp")[0], abs=1e-5)
+    # Policy and base are one model in the first step; rows of other widths round differently in bf16.
+    assert history(t, "policy_logp")[0] == pytest.approx(history(t, "base_logp")[0], abs=5e-3)
     assert all(math.isfinite(x) for x in history(t, "loss"))
     moved_ones = [not torch.equal(p, q) for p, q in zip(t.model.parameters(), before, strict=True)]
     assert moved_ones == [p.requires_grad for p in t.model.parameters()]
@@ -370,33 +359,13 @@ def test_format_fn_gets_the_prompt_as_given_and_the_completion_as_text(tmp_path)
     assert [text for _, text, _ in seen] == texts
 
 
-REFUSED = {
-    "top_p": 0.9,
-    "top_k": 20,
-    "min_p": 0.1,
-    "repetition_penalty": 1.1,
-    "generation_kwargs": {"top_p": 0.5},
-    "use_transformers_continuous_batching": True,
-    "disable_dropout": False,
-    "beta": 0.04,
-    "mask_truncated_completions": True,
-    "top_entropy_quantile": 0.2,
-    "entropy_coef": 0.01,
-    "loss_type": "grpo",
-    "epsilon": 0.3,
-    "importance_sampling_level": "sequence",
-    "off_policy_mask_threshold": 0.5,
-    "vllm_importance_sampling_mode": "token_truncate",
-    "cast_lm_head_to_fp32": True,
-    "use_liger_kernel": True,
-    "router_aux_loss_coef": 0.1,
-    "alpha": None,
-    "log_z": "both",
-    "format_penalty": 0.5,
-    "importance_clip": [1.1, 1.2],
-    "temperature": 0.0,
-    "base": "reference",
-}
+SAMPLING = {"top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1, "generation_kwargs": {"top_k": 5}}
+ENGINES = {"use_transformers_continuous_batching": True, "vllm_structured_outputs_regex": "a*", "torch_compile": True}
+MODEL = {"disable_dropout": False, "cast_lm_head_to_fp32": True, "use_liger_kernel": True, "router_aux_loss_coef": 0.1}
+LOSS = {"beta": 0.04, "loss_type": "grpo", "epsilon": 0.3, "top_entropy_quantile": 0.2, "entropy_coef": 0.01}
+RATIO = {"importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.5, "mask_truncated_completions": True}
+OURS = {"alpha": None, "log_z": "both", "format_penalty": 0.5, "importance_clip": [1.1, 1.2], "temperature": 0.0}
+REFUSED = SAMPLING | ENGINES | MODEL | LOSS | RATIO | OURS | {"base": "ref", "vllm_importance_sampling_clip_max": 2.0}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -405,15 +374,31 @@ def test_settings_that_break_the_target_are_refused_by_name(tmp_path, name):
         config(tmp_path, **{name: REFUSED[name]})
 
 
+def test_the_options_are_read_from_a_command_line(tmp_path):
+    words = [
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "--bf16",
+        "False",
+        "--alpha",
+        "2",
+        "--importance_clip",
+        "0.9",
+        "1.1",
+    ]
+    (args,) = transformers.HfArgumentParser(PowerFlowTRLConfig).parse_args_into_dataclasses(words)
+    assert (args.alpha, args.importance_clip, args.log_z, args.beta) == (2.0, [0.9, 1.1], "learned", 0.0)
+
+
 def test_groups_trainers_and_models_that_cannot_work_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="2 generations per prompt"):  # TRL's own
         config(tmp_path, num_generations=1, log_z="group")
-    monkeypatch.setattr(PowerFlowTRLConfig, "world_size", property(lambda self: 2))
-    config(tmp_path, per_device_train_batch_size=2, log_z="learned")
-    with pytest.raises(ConfigError, match="must be a multiple of num_generations=4 with log_z='group'"):
-        config(tmp_path, per_device_train_batch_size=2, log_z="group")
-    monkeypatch.undo()
-    monkeypatch.setenv("CI", "1")
+    with monkeypatch.context() as two_processes:
+        two_processes.setattr(PowerFlowTRLConfig, "world_size", property(lambda self: 2))
+        config(tmp_path, per_device_train_batch_size=2, log_z="learned")
+        with pytest.raises(ConfigError, match="must be a multiple of num_generations=4 with log_z='group'"):
+            config(tmp_path, per_device_train_batch_size=2, log_z="group")
 
     def make(**options):
         data = {"train_dataset": Dataset.from_list(ROWS), "processing_class": tiny_tokenizer()}
@@ -428,20 +413,6 @@ def test_groups_trainers_and_models_that_cannot_work_are_refused(tmp_path, monke
         make(optimizers=(None, object()))
     with pytest.raises(ConfigError, match="format must be one of boxed"):
         make(format_fn="boxd")
-    model = tiny_model()
-    model.lm_head.forward = types.MethodType(lambda self, x: torch.nn.Linear.forward(self, x) ** 2, model.lm_head)
-    plain = type(model).forward
-
-    def squared(self, *args, **kwargs):
-        out = plain(self, *args, **kwargs)
-        out.logits = out.logits**3
-        return out
-
-    monkeypatch.setattr(type(model), "forward", squared)
-    with pytest.raises(ModelError, match="neither a positive scale nor a softcap"):
-        make(model=tiny_model())
-    monkeypatch.undo()
-    monkeypatch.setenv("CI", "1")
     t = make(args=config(tmp_path, log_z="group", num_generations_eval=1))
     t.model.eval()
     with pytest.raises(ConfigError, match="num_generations_eval is 1"):
@@ -468,52 +439,65 @@ def test_powerflow_fast_imports_without_trl():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-_TWO = """
-import random, sys, torch, trl
+class FixedCompletions(PowerFlowTRLTrainer):
+    """Ranks sample with seeds of their own: completions that depend on the prompt alone make runs comparable."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        completions, count = [], Counter()
+        for prompt in map(tuple, prompt_ids):
+            count[prompt] += 1
+            rng = random.Random(f"{prompt}/{count[prompt]}")
+            completions.append([rng.randrange(4, 40) for _ in range(rng.randrange(1, 7))])
+        return completions, None
+
+
+def train_to_compare(folder, processes):
+    folder.mkdir(exist_ok=True)
+    for log_z in ("learned", "group"):
+        t = trainer(
+            folder,
+            cls=FixedCompletions,
+            rows=[{"prompt": "ab" * (i % 5) + f"{i} "} for i in range(32)],
+            log_z=log_z,
+            log_z_num_layers=2,
+            peft_config=lora() if log_z == "group" else None,
+            per_device_train_batch_size=4 // processes,
+            gradient_accumulation_steps=4,
+            num_iterations=2,
+            optim="sgd",
+            learning_rate=1e-3,
+            log_z_learning_rate=1e-2,
+            max_grad_norm=0.0,
+        )
+        t.train()
+        state = t.model.state_dict() | (t.log_z_head.state_dict() if t.log_z_head else {})
+        torch.save((state, t.state.log_history), folder / f"{log_z}-{t.accelerator.process_index}.pt")
+
+
+_SCRIPT = """
+import sys, torch
+from pathlib import Path
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-import test_integrations_trl as tests
-
-# Ranks sample with seeds of their own: completions that depend on nothing but the prompt make runs comparable.
-def fixed(self, prompt_ids, *args, **kwargs):
-    completions, count = [], {}
-    for prompt in map(tuple, prompt_ids):
-        count[prompt] = count.get(prompt, 0) + 1
-        rng = random.Random(f"{prompt}/{count[prompt]}")
-        completions.append([rng.randrange(4, 40) for _ in range(rng.randrange(1, 7))])
-    return completions, None
-
-trl.GRPOTrainer._generate_single_turn = fixed
-tests.ROWS = [{"prompt": "ab" * (i % 5) + f"{i} "} for i in range(32)]
-processes = int(sys.argv[3])
-for log_z in ("learned", "group"):
-    t = tests.trainer(
-        f"{sys.argv[2]}/{log_z}", log_z=log_z, log_z_num_layers=2, per_device_train_batch_size=4 // processes,
-        gradient_accumulation_steps=4, num_iterations=2, learning_rate=1e-3, log_z_learning_rate=1e-2, optim="sgd",
-        peft_config=tests.lora() if log_z == "group" else None, max_grad_norm=0.0,
-    )
-    t.train()
-    state = {**t.model.state_dict(), **(t.log_z_head.state_dict() if t.log_z_head else {})}
-    torch.save((state, t.state.log_history), f"{sys.argv[2]}/{log_z}-{t.accelerator.process_index}.pt")
+import test_integrations_trl
+test_integrations_trl.train_to_compare(Path(sys.argv[2]), 2)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
-    from pathlib import Path
-
-    (tmp_path / "script.py").write_text(_TWO)
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
-        words = [sys.executable, *launcher, tmp_path / "script.py", Path(__file__).parent, folder, processes]
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+    train_to_compare(tmp_path / "1", 1)
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*launcher, script, Path(__file__).parent, tmp_path / "2"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
     for log_z in ("learned", "group"):
         one, log = torch.load(tmp_path / "1" / f"{log_z}-0.pt", weights_only=False)
         for rank in (0, 1):
             two, log_of_two = torch.load(tmp_path / "2" / f"{log_z}-{rank}.pt", weights_only=False)
+            assert two.keys() == one.keys()
             for name, value in one.items():
                 torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=f"{log_z} {name}")
         for name in ("loss", "delta_abs", "log_z", "base_logp", "importance_weight"):
