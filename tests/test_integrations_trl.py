@@ -35,6 +35,7 @@ def quiet(monkeypatch):
 
 HERE = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
 SIZES = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 2}
+SGD = {"optim": "sgd", "learning_rate": 1e-3, "log_z_learning_rate": 1e-2, "max_grad_norm": 0.0}
 STEPS = {"save_strategy": "no", "logging_steps": 1, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
 
 
@@ -59,6 +60,12 @@ def trainer(folder, model=None, *, cls=PowerFlowTRLTrainer, rows=ROWS, eval_rows
 def lora():
     peft = pytest.importorskip("peft")
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+
+
+def sampled(t, rows=ROWS[:2], each=4):
+    """What the trainer samples and keeps for the loss, as in training: ``each`` completions of each row."""
+    t.model.train()
+    return t._generate_and_score_completions([dict(row) for row in rows for _ in range(each)])["powerflow"][0][0]
 
 
 def moved(model, scale=0.1):
@@ -112,10 +119,9 @@ def test_loss_and_gradients_are_those_of_plain_logits(tmp_path, arch, log_z, mic
         **options,
     )
     base = fp64(t.model, arch)
-    t.model.train()
     moved(t.model)  # from here on it samples with other weights than p_base's
     sampler = fp64(t.model, arch)
-    inputs = t._generate_and_score_completions([dict(row) for row in ROWS[:2] for _ in range(4)])
+    rollout = sampled(t)
     if stale:
         moved(t.model, 0.02)
         t.state.global_step += 1  # what an optimiser step does
@@ -125,12 +131,10 @@ def test_loss_and_gradients_are_those_of_plain_logits(tmp_path, arch, log_z, mic
     order = [5, 2, 7, 0, 3, 6, 1, 4]
     total = 0.0
     for start in range(0, 8, micro):
-        part = {"powerflow": [inputs["powerflow"][i] for i in order[start : start + micro]]}
-        loss = t._compute_loss(t.model, part)
+        loss = t._compute_loss(t.model, {"powerflow": [(rollout, i) for i in order[start : start + micro]]})
         loss.backward()
         total += loss.item()
 
-    rollout = inputs["powerflow"][0][0]
     prompts, completions = rollout.prompt_ids, rollout.completion_ids
     assert len({len(p) for p in prompts}) == 2  # so TRL padded some on the left
     policy = fp64(t.model, arch)
@@ -166,9 +170,10 @@ def test_loss_and_gradients_are_those_of_plain_logits(tmp_path, arch, log_z, mic
 @pytest.mark.parametrize("log_z", ["learned", "group"])
 def test_accumulation_changes_nothing(tmp_path, log_z):
     def weights(size, **more):
-        options = {"per_device_train_batch_size": size, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0}
-        t = trainer(tmp_path, log_z=log_z, log_z_learning_rate=1e-2, **options, **more)
+        t = trainer(tmp_path, log_z=log_z, per_device_train_batch_size=size, weight_decay=0.1, **SGD, **more)
         t.train()
+        own = t.optimizer.param_groups[2:]
+        assert [(g["lr"], g["weight_decay"]) for g in own] == ([(1e-2, 0.0)] if log_z == "learned" else [])
         return dict(t.model.named_parameters()), t.log_z_head, t.state.log_history[0]["loss"]
 
     whole, head, loss = weights(8)
@@ -188,9 +193,7 @@ def history(t, name):
 
 def mean_base_logp(t):
     """Mean log-prob per token under p_base of 64 fresh samples."""
-    t.model.eval()
-    rows = [dict(row) for row in ROWS[:16] for _ in range(4)]
-    rollout = t._generate_and_score_completions(rows)["powerflow"][0][0]
+    rollout = sampled(t, ROWS[:16])
     return float((rollout.base_logps / rollout.cu_seqlens.diff()).mean())
 
 
@@ -247,21 +250,14 @@ def test_bf16_and_checkpointing_which_are_trls_defaults(tmp_path, use_lora):
 
 def test_stale_updates_are_weighed_and_evaluation_leaves_the_rollout_alone(tmp_path):
     options = {"num_iterations": 3, "max_steps": 3, "learning_rate": 2e-3, "log_z": "group"}
-    t = trainer(tmp_path / "a", per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    t = trainer(tmp_path / "a", **options)
     t.train()
     weights, clipped = history(t, "importance_weight"), history(t, "clip_fraction")
     assert weights[0] == pytest.approx(1, abs=1e-4) and clipped[0] == 0
     assert weights[-1] != pytest.approx(1, abs=1e-4)
-    other = trainer(
-        tmp_path / "b",
-        eval_rows=ROWS[:2],
-        eval_strategy="steps",
-        eval_steps=1,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        gradient_accumulation_steps=2,
-        **options,
-    )
+    evaluated = {"eval_rows": ROWS[:2], "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    other = trainer(tmp_path / "b", **evaluated, **options)
     other.train()
     # The second evaluation lies within the rollout that the third step still trains on.
     assert len(history(other, "eval_delta_abs")) == 3 and all(map(math.isfinite, history(other, "eval_loss")))
@@ -274,8 +270,7 @@ def test_vllms_own_log_probs_are_those_of_the_sampling_policy(tmp_path, monkeypa
     given = [[-1.0, None, -2.0], [-3.0, -1.0], [-2.5], [-1.0, -1.0, -1.0]] * 2
     monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", lambda self, *a, **k: (tokens, given))
     t.use_vllm = True
-    t.model.train()
-    rollout = t._generate_and_score_completions([dict(row) for row in ROWS[:2] for _ in range(4)])["powerflow"][0][0]
+    rollout = sampled(t)
     plain = fp64(t.model, "llama")
     for i in (0, 1):
         p, c = rollout.prompt_ids[i], tokens[i]
@@ -319,6 +314,23 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, log_z, 
             make().train(resume_from_checkpoint=str(head_file.parent))
 
 
+def test_the_best_model_comes_back_with_its_head(tmp_path):
+    options = {
+        "eval_rows": ROWS[:2],
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    # Fewest tokens seen: the first checkpoint, which is not the last.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_num_tokens", "greater_is_better": False}
+    t = trainer(tmp_path, log_z="learned", log_z_learning_rate=0.1, **options, **best)
+    t.train()
+    first, last = (load_file(tmp_path / f"checkpoint-{i}" / integration.LOG_Z_FILE) for i in (1, 2))
+    assert all(torch.equal(t.log_z_head.state_dict()[name], value) for name, value in first.items())
+    assert any(not torch.equal(value, last[name]) for name, value in first.items())
+
+
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_vllm_is_sent_the_models_weights_and_nothing_else(tmp_path, use_lora):
     from trl.generation.vllm_generation import VLLMGeneration
@@ -335,8 +347,7 @@ def test_the_models_own_sampling_options_do_not_count(tmp_path):
     model.generation_config.min_p = 0.99  # would leave the likeliest token only
     model.generation_config.typical_p = 0.01
     t = trainer(tmp_path, model, num_generations=8)
-    t.model.train()
-    rollout = t._generate_and_score_completions([dict(ROWS[0])] * 8)["powerflow"][0][0]
+    rollout = sampled(t, ROWS[:1], 8)
     assert len({tuple(ids) for ids in rollout.completion_ids}) > 1
     assert model.generation_config.min_p == 0.99
 
@@ -351,8 +362,7 @@ def test_format_fn_gets_the_prompt_as_given_and_the_completion_as_text(tmp_path)
     t = trainer(tmp_path, format_fn=format_fn, format_penalty=-0.25)
     t.processing_class.chat_template = tiny_tokenizer(chat_template=True).chat_template
     prompt = [{"role": "user", "content": "hi"}]
-    t.model.train()
-    rollout = t._generate_and_score_completions([{"prompt": prompt, "tag": 3} for _ in range(8)])["powerflow"][0][0]
+    rollout = sampled(t, [{"prompt": prompt, "tag": 3}], 8)
     assert rollout.psi.tolist() == [-0.25, 0.0] * 4
     assert all(p == prompt and columns == {"tag": 3} for p, _, columns in seen)
     texts = t.processing_class.batch_decode(rollout.completion_ids, skip_special_tokens=True)
@@ -464,10 +474,7 @@ def train_to_compare(folder, processes):
             per_device_train_batch_size=4 // processes,
             gradient_accumulation_steps=4,
             num_iterations=2,
-            optim="sgd",
-            learning_rate=1e-3,
-            log_z_learning_rate=1e-2,
-            max_grad_norm=0.0,
+            **SGD,
         )
         t.train()
         state = t.model.state_dict() | (t.log_z_head.state_dict() if t.log_z_head else {})
