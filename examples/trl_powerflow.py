@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -25,7 +26,7 @@ def main(model: str) -> None:
             gradient_accumulation_steps=4,
             learning_rate=2e-5,
             max_steps=50,
-            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": q}] for q in QUESTIONS]}),
         format_fn="boxed",

@@ -105,19 +105,9 @@ def fp64(model, arch):
 )
 def test_loss_and_gradients_are_those_of_plain_logits(tmp_path, arch, log_z, micro, stale):
     temperature, alpha, parts = 0.8, 2.0, 8 // micro
-    options = {"num_iterations": 2} if stale else {}
-    t = trainer(
-        tmp_path,
-        tiny_model(arch),
-        alpha=alpha,
-        log_z=log_z,
-        log_z_num_layers=2,
-        temperature=temperature,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=parts,
-        format_fn=lambda prompt, completion, tag: tag == 0,
-        **options,
-    )
+    options = {"alpha": alpha, "log_z": log_z, "log_z_num_layers": 2, "temperature": temperature}
+    sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts, "num_iterations": 1 + stale}
+    t = trainer(tmp_path, tiny_model(arch), format_fn=lambda prompt, completion, tag: tag == 0, **options, **sizes)
     base = fp64(t.model, arch)
     moved(t.model)  # from here on it samples with other weights than p_base's
     sampler = fp64(t.model, arch)
@@ -464,18 +454,10 @@ class FixedCompletions(PowerFlowTRLTrainer):
 def train_to_compare(folder, processes):
     folder.mkdir(exist_ok=True)
     for log_z in ("learned", "group"):
-        t = trainer(
-            folder,
-            cls=FixedCompletions,
-            rows=[{"prompt": "ab" * (i % 5) + f"{i} "} for i in range(32)],
-            log_z=log_z,
-            log_z_num_layers=2,
-            peft_config=lora() if log_z == "group" else None,
-            per_device_train_batch_size=4 // processes,
-            gradient_accumulation_steps=4,
-            num_iterations=2,
-            **SGD,
-        )
+        options = {"log_z": log_z, "log_z_num_layers": 2, "peft_config": lora() if log_z == "group" else None, **SGD}
+        options |= {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 4}
+        rows = [{"prompt": "ab" * (i % 5) + f"{i} "} for i in range(32)]
+        t = trainer(folder, cls=FixedCompletions, rows=rows, num_iterations=2, **options)
         t.train()
         state = t.model.state_dict() | (t.log_z_head.state_dict() if t.log_z_head else {})
         torch.save((state, t.state.log_history), folder / f"{log_z}-{t.accelerator.process_index}.pt")
