@@ -1,0 +1,1 @@
+"""powerflow_fast inside other trainers. Nothing here is imported by the library: each module needs its own package."""
