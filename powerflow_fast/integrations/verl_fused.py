@@ -27,6 +27,15 @@ __all__ = ["fused_forward", "install", "use_fused_forward"]
 
 # verl has forwards of its own for these: their text model lies elsewhere, or their positions have more dimensions.
 _OTHER_FORWARDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "qwen3_5", "qwen3_5_moe", "kimi_vl")
+# what verl's engine and PEFT add; use_cache must reach the decoder: with a cache, packed sequences see each other
+_DECODER_INPUTS = (
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_position",
+)
 
 
 def install() -> None:
@@ -81,14 +90,17 @@ def use_fused_forward(model: nn.Module) -> None:
             f"fused_kernel_options.impl_backend={FUSED_BACKEND} needs a decoder in {name}.model and an nn.Linear in "
             f"{name}.lm_head, got {type(getattr(model, 'model', None)).__name__} and {type(head).__name__}"
         )
+    cls = type(model)
+    if cls.forward is not fused_forward:  # it is, if a worker has both actor and reference
+        cls._powerflow_fast_own_forward = cls.forward
     found = find_head(_WithoutWeights(model))
     model._powerflow_fast_logits = {"logit_scale": found.logit_scale, "logit_softcap": found.logit_softcap}
-    type(model).forward = fused_forward
+    cls.forward = fused_forward
     print(f"Using {FUSED_BACKEND} backend for fused kernels in {name}")
 
 
 class _WithoutWeights(nn.Module):
-    """The model's forward around a decoder and a head of no size: shows what it does to the logits, at no cost."""
+    """The model's own forward around a decoder and a head of no size: shows what it does to the logits, at no cost."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -110,7 +122,7 @@ class _WithoutWeights(nn.Module):
         return None
 
     def forward(self, **inputs: Any) -> Any:
-        return type(self.original).forward(self, **inputs)
+        return type(self.original)._powerflow_fast_own_forward(self, **inputs)
 
 
 class _NoDecoder(nn.Module):
@@ -162,9 +174,11 @@ def fused_forward(
     """
     if not return_dict:
         raise ValueError("fused_forward: return_dict must be True, as verl's engine sets it with use_fused_kernels")
-    base = {key: inputs.pop(key) for key in ("past_key_values", "inputs_embeds", "use_cache") if key in inputs}
+    if unknown := set(inputs) - set(_DECODER_INPUTS):
+        known = ", ".join(_DECODER_INPUTS)
+        raise TypeError(f"fused_forward: further inputs must be among {known}, got {', '.join(sorted(unknown))}")
     outputs = forward_base_model(
-        self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **base
+        self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **inputs
     )
     hidden, head = outputs[0], self.lm_head
     if type(head).forward is not nn.Linear.forward or not isinstance(head, nn.Linear):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -16,6 +18,7 @@ import transformers as tf
 import verl
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.models.transformers import monkey_patch
@@ -44,30 +47,23 @@ def example_config(*overrides: str):
     return config
 
 
-def test_verl_finds_the_plugin_by_itself():
+def test_verl_finds_the_plugin_by_itself(loaded_by_verl):
+    assert loaded_by_verl
     (point,) = (p for p in entry_points(group="verl.plugins") if p.name == "powerflow")
     assert point.load() is plugin
-    code = (
-        "import verl; from verl.trainer.ppo.v1 import get_trainer_cls; "
-        "from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn; "
-        "print(get_trainer_cls('powerflow').__module__, get_policy_loss_fn('powerflow').__module__, "
-        "get_adv_estimator_fn('powerflow').__module__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    package = "powerflow_fast.integrations"
-    assert done.stdout.split() == [f"{package}.verl_trainer", f"{package}.verl_loss", f"{package}.verl"], done.stderr
+    assert get_trainer_cls("powerflow") is PowerFlowTrainer and issubclass(PowerFlowTrainer, PPOTrainerSync)
+    assert get_policy_loss_fn("powerflow") is powerflow_loss
+    assert get_adv_estimator_fn("powerflow") is plugin.wants_powerflow_trainer
 
 
 def test_registration_twice_changes_nothing():
-    assert issubclass(get_trainer_cls("powerflow"), PPOTrainerSync)
-    assert get_policy_loss_fn("powerflow") is powerflow_loss
     patched = monkey_patch.patch_forward_with_backends
     plugin.register()
     assert get_trainer_cls("powerflow") is PowerFlowTrainer
     assert monkey_patch.patch_forward_with_backends is patched
 
 
-def test_another_version_of_verl_is_refused_and_told(tmp_path):
+def test_another_version_of_verl_is_refused_and_told():
     plugin.check_version(verl.__version__)
     with pytest.raises(ImportError, match=r"verl must be 0\.9\.1, got 0\.10\.0"):
         plugin.check_version("0.10.0")
@@ -287,6 +283,30 @@ def test_the_fused_forward_equals_the_models_logits(arch, own_forward):
     )
 
 
+def test_an_adapter_and_the_model_without_it(own_forward):
+    """LoRA: the actor is the model with its adapter, the reference the same model without."""
+    ids = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    base = own_forward(tiny("llama"))
+    fuse(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.3)
+    merged = copy.deepcopy(model).merge_and_unload()
+    for exact, context in ((merged, contextlib.nullcontext), (tiny("llama"), model.disable_adapter)):
+        logits = tf.LlamaForCausalLM._powerflow_fast_own_forward(exact, input_ids=ids, use_cache=False).logits
+        expected = logits.double().log_softmax(-1).gather(-1, ids.roll(-1, 1)[..., None])[..., 0]
+        with context():
+            out = model(input_ids=ids, return_dict=True, use_cache=False)
+        torch.testing.assert_close(out.log_probs.double(), expected, rtol=0, atol=3e-5)
+    model(input_ids=ids, return_dict=True, use_cache=False).log_probs.sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained and all("lora_" in name for name in trained)
+    with pytest.raises(TypeError, match=r"fused_forward: further inputs must be among .*, got logits_to_keep"):
+        model(input_ids=ids, return_dict=True, logits_to_keep=1)
+
+
 def test_a_model_on_the_meta_device_can_be_patched(own_forward):
     with torch.device("meta"):
         model = own_forward(tf.AutoModelForCausalLM.from_config(tf.CohereConfig(**SIZES, logit_scale=0.25)))
@@ -296,7 +316,7 @@ def test_a_model_on_the_meta_device_can_be_patched(own_forward):
 
 def test_models_that_cannot_be_fused_are_refused(own_forward):
     with pytest.raises(ModelError, match=r"needs a decoder in GPT2LMHeadModel\.model .*, got NoneType and Linear"):
-        fuse(own_forward(tiny("gpt2")))
+        monkey_patch.patch_forward_with_backends(own_forward(tiny("gpt2")), True, "powerflow_fast")
     model = own_forward(tiny("llama"))
     model.config.model_type = "qwen3_vl"
     with pytest.raises(ModelError, match=r"must be used with a text model, got LlamaForCausalLM \(qwen3_vl\)"):
