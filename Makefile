@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
-# Two minutes and 2 GB the first time; the tests need no GPU and start no worker.
+# The first time it takes minutes and 2 GB; the tests need no GPU and start none of verl's workers.
 test-verl: $(VERL_VENV)/.installed
 	$(VERL_VENV)/bin/pytest --confcutdir=tests/integrations_verl tests/integrations_verl
 
