@@ -45,7 +45,7 @@ class PowerFlowTrainer(PPOTrainerSync):
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         nested_mask = data["response_mask"]
         mask = nested_mask.to_padded_tensor(0).bool()
-        old, ref = (data[name].to_padded_tensor(0.0).float() for name in ("old_log_probs", "ref_log_prob"))
+        old, ref = (data[name].to_padded_tensor(0.0) for name in ("old_log_probs", "ref_log_prob"))
         _, group_ids = np.unique(np.array(_to_list(data["uid"]), dtype=str), return_inverse=True)
         psi = self._format_penalties(data, mask)
         targets = powerflow_targets(old, ref, mask, torch.from_numpy(group_ids), alpha=self.powerflow.alpha, psi=psi)
