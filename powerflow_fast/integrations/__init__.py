@@ -1,1 +1,1 @@
-"""Trainers of other libraries with the loss of this one; each module needs its library installed."""
+"""Our objectives and kernels inside other trainers: TRL and verl. Each module needs that package."""
