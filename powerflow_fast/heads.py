@@ -114,7 +114,7 @@ def head_inputs(model: nn.Module, head: Head, inputs: Mapping[str, Tensor]) -> T
         return hidden[..., :1]
 
     lm = unwrap_peft(model)
-    with _head_replaced(head.module, keep):
+    with head_replaced(head.module, keep):
         lm(**inputs, use_cache=False)
     if len(seen) != 1 or seen[0].shape[:-1] != inputs["input_ids"].shape:
         shapes = [tuple(h.shape) for h in seen]
@@ -126,7 +126,7 @@ def head_inputs(model: nn.Module, head: Head, inputs: Mapping[str, Tensor]) -> T
 
 
 @contextmanager
-def _head_replaced(module: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_replaced(module: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let ``module`` compute ``forward`` for a while. Its hooks still run, so sharded weights are still gathered."""
     patched = module.__dict__.get("forward")  # such as accelerate's hook, put there on the instance
     module.forward = forward
@@ -148,7 +148,7 @@ def _measure(lm: nn.Module, module: nn.Linear) -> tuple[float, float | None]:
     index = torch.arange(count, device=device)[:, None] + torch.arange(module.out_features, device=device)
     u = points[index % count][None]
     ids = torch.zeros(1, count, dtype=torch.long, device=device)
-    with torch.no_grad(), evaluating(lm), _head_replaced(module, lambda hidden: u):
+    with torch.no_grad(), evaluating(lm), head_replaced(module, lambda hidden: u):
         output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     logits = output.logits if hasattr(output, "logits") else output[0]
     name = type(lm).__name__

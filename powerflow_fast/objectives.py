@@ -144,7 +144,7 @@ def check_la_tb(
     """Raise on anything the op cannot take; return its options: alpha, clip, length-normalised, the divisor or 0."""
     _check_tensors(op, logps, base_logps, log_z, cu_seqlens, psi, old_logps)
     alpha = require_positive(op, "alpha", alpha)
-    low, high = _check_clip(op, clip)
+    low, high = check_clip(op, clip)
     if importance_level not in ("sequence", "length_normalized"):
         raise ValueError(f"{op}: importance_level must be 'sequence' or 'length_normalized', got {importance_level!r}")
     if num_sequences is None:
@@ -236,7 +236,7 @@ def _check_tensors(
         raise ValueError(f"{op}: cu_seqlens must be on logps' device {logps.device}, got {cu_seqlens.device}")
 
 
-def _check_clip(op: str, clip: tuple[float, float]) -> tuple[float, float]:
+def check_clip(op: str, clip: tuple[float, float]) -> tuple[float, float]:
     try:
         low, high = (float(bound) for bound in clip)
     except (TypeError, ValueError):

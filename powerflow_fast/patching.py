@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .dispatch import Backend, require_tensor, values_are_readable
 from .errors import ModelError
-from .heads import Head, _head_replaced, find_head, unwrap_peft
+from .heads import Head, find_head, head_replaced, unwrap_peft
 from .logprobs import linear_logprob_stats, linear_logprobs
 
 __all__ = ["LogprobsMethod", "Reduction", "TokenLogprobs", "patch_causal_lm", "unpatch_causal_lm"]
@@ -170,7 +170,7 @@ class LogprobsMethod:
             return TokenLogprobs(*values) if return_entropy else values[0]
 
         # As the model's forward, so that hooks around it, such as FSDP2's, see the log-probs as its output.
-        with _head_replaced(model, scored):
+        with head_replaced(model, scored):
             return model(**inputs)
 
 
@@ -195,7 +195,7 @@ def _forward_to_head(
             found.append(stats.entropy.view(*targets.shape, 1))
         return found[0]
 
-    with _head_replaced(head.module, at_head):
+    with head_replaced(head.module, at_head):
         forward(**inputs, use_cache=False)
     if not found or len(shapes) != 1:
         raise ModelError(

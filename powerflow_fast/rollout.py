@@ -173,7 +173,7 @@ class HFGenerateEngine(ModelEngine):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         lm = unwrap_peft(self.model)
         device = lm.get_input_embeddings().weight.device
-        with evaluating(self.model), _own_generation_config_aside(lm), seeded(seed, device), self.autocast():
+        with evaluating(self.model), own_generation_config_aside(lm), seeded(seed, device), self.autocast():
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 tokens, scores = self._generate_batch(lm, [prompts[i] for i in rows], limit, device, return_logps)
@@ -221,7 +221,7 @@ class HFGenerateEngine(ModelEngine):
 
 
 @contextmanager
-def _own_generation_config_aside(lm: nn.Module) -> Iterator[None]:
+def own_generation_config_aside(lm: nn.Module) -> Iterator[None]:
     """``generate`` fills options that are unset from ``lm.generation_config``: leave it nothing to fill in."""
     from transformers import GenerationConfig
 

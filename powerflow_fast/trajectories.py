@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .dispatch import require_positive, require_tensor, values_are_readable
 from .logprobs import check_cu_seqlens, segment_sum
-from .objectives import ImportanceLevel, _check_clip
+from .objectives import ImportanceLevel, check_clip
 
 __all__ = ["ObjectiveFunction", "ObjectiveOutput", "Trajectories"]
 
@@ -117,7 +117,7 @@ class Trajectories:
             at = int((~self.rewards.isfinite()).nonzero()[0])
             raise ValueError(f"{op}: rewards must be finite, got {self.rewards[at].item()} at {at}")
         require_positive(op, "alpha", self.alpha)
-        _check_clip(op, self.clip)
+        check_clip(op, self.clip)
         if self.importance_level not in ("sequence", "length_normalized"):
             raise ValueError(
                 f"{op}: importance_level must be 'sequence' or 'length_normalized', got {self.importance_level!r}"

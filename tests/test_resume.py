@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from tiny import tiny_model
 
 from powerflow_fast.checkpoint import latest_checkpoint
 from powerflow_fast.errors import CheckpointError, OutputDirError
-
-TESTS = Path(__file__).parent
 
 
 class Killed(Exception):
@@ -65,46 +61,56 @@ def test_resumed_run_is_bit_equal(tmp_path, options, log_z):
     assert texts[0] == texts[1]
 
 
-_SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from test_trainer import run
-run(Path(sys.argv[2]), name=sys.argv[3], resume_from_checkpoint=sys.argv[4] == "resume" or None,
-    max_steps=40, save_steps=1, num_iterations=2, num_sample_prompts=1, save_total_limit=2)
-"""
+KILLS, STEPS = 20, 60
 
 
-def start(folder, name, mode):
-    command = [sys.executable, "-c", _SCRIPT, str(TESTS), str(folder), name, mode]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def newest(folder):
+    try:
+        return latest_checkpoint(folder)
+    except FileNotFoundError:  # not there yet, or an old checkpoint was dropped while we looked
+        return None
 
 
-def test_killed_at_random_moments(tmp_path):
-    """kill -9 to a process at random moments of its training, until one gets through."""
-    assert start(tmp_path, "whole", "new").wait() == 0
-    rng, kills, folder = random.Random(0), 0, tmp_path / "cut"
-    while True:
-        process = start(tmp_path, "cut", "resume" if kills else "new")
+def train_to_the_end(*arguments):
+    from killable import train_to_the_end  # already imported where this runs
+
+    train_to_the_end(*arguments)
+
+
+def test_killed_at_random_moments(tmp_path, monkeypatch):
+    """kill -9 at twenty random moments of the training; the processes are forked from one that has trained before."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # Python 3.11's server looks nowhere else
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+
+    def start(name, resume=None):
+        process = context.Process(target=train_to_the_end, args=(str(tmp_path), name, resume, STEPS))
+        process.start()
+        return process
+
+    whole = start("whole")
+    whole.join()
+    assert whole.exitcode == 0
+    rng, folder = random.Random(0), tmp_path / "cut"
+    for kill in range(KILLS):
+        known = newest(folder)
+        process = start("cut", True if kill else None)
         # Wait for training to begin (or go on), then for a random moment of it.
-        known = latest_checkpoint(folder) if folder.exists() else None
-        while process.poll() is None and (latest_checkpoint(folder) if folder.exists() else None) == known:
+        while process.is_alive() and newest(folder) in (None, known):
             time.sleep(0.005)
-        time.sleep(rng.random() * 0.2)
-        if kills >= 5 or process.poll() is not None:
-            assert process.wait() == 0
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert kills >= 2, "the run is long enough to be interrupted"
+        time.sleep(rng.random() * 0.1)
+        assert process.is_alive(), "the run is long enough to be interrupted"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    last = start("cut", True)
+    last.join()
+    assert last.exitcode == 0
     names = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
     assert same(*map(load_file, names))
     assert len(list(folder.glob("checkpoint-*"))) == 2, "save_total_limit holds across the kills"
     rows = [json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines()]
-    assert rows == list(range(1, 41))
+    assert rows == list(range(1, STEPS + 1))
 
 
 def test_resume_of_another_run_is_refused(tmp_path):

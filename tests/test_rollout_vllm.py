@@ -290,6 +290,7 @@ def test_missing_packages_and_names_are_named(monkeypatch):
     with pytest.raises(RolloutError, match="run: pip install vllm"):
         engine(tiny_model())
     monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setitem(sys.modules, "trl.generation.vllm_client", None)
     with pytest.raises(RolloutError, match=r"run: pip install 'trl\[vllm\]"):
         engine(tiny_model(), "server")
 

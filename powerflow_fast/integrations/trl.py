@@ -42,10 +42,10 @@ from ..errors import CheckpointError, ConfigError  # noqa: E402
 from ..heads import evaluating, unwrap_peft  # noqa: E402
 from ..models import CausalLMScorer, disable_dropout, make_base, pad_token_id, weights_fingerprint  # noqa: E402
 from ..objectives import la_tb_loss  # noqa: E402
-from ..packing import Batch, pad_batch  # noqa: E402
+from ..packing import Batch, pad_batch, segment_sum  # noqa: E402
 from ..partition import LogZHead, group_log_z  # noqa: E402
 from ..rewards import format_penalties, resolve_format  # noqa: E402
-from ..rollout import _own_generation_config_aside, seeded  # noqa: E402
+from ..rollout import own_generation_config_aside, seeded  # noqa: E402
 
 __all__ = ["PowerFlowTRLConfig", "PowerFlowTRLTrainer"]
 
@@ -267,7 +267,7 @@ class PowerFlowTRLTrainer(GRPOTrainer):
     # Sampling and scoring, once per generation batch
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with _own_generation_config_aside(unwrap_peft(self.model)):
+        with own_generation_config_aside(unwrap_peft(self.model)):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, completion_ids: list) -> Tensor:
@@ -306,7 +306,8 @@ class PowerFlowTRLTrainer(GRPOTrainer):
         base = []
         with self.accelerator.autocast():
             for batch in self._batches(prompts, completions):
-                base.append(self._base.score(batch, temperature=self.temperature))
+                logps = self._base.score(batch, temperature=self.temperature)
+                base.append(segment_sum(logps, batch.cu_seqlens))
         rollout = _Rollout(
             prompts,
             completions,
