@@ -1,0 +1,93 @@
+"""Two processes as users start them: torchrun, accelerate launch; a rank that fails, and a signal, end all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+from powerflow_fast.checkpoint import checkpoint_step, latest_checkpoint
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import accelerate, torch
+torch.set_num_threads(1)
+import powerflow_fast
+from tiny import tiny_model, tiny_tokenizer
+
+def callback(report):
+    if sys.argv[3] == "fail" and accelerate.PartialState().process_index == 1:
+        raise RuntimeError("the disk of this rank caught fire")
+
+powerflow_fast.train(
+    tiny_model(), ["one ", "two and "], alpha=2.0, tokenizer=tiny_tokenizer(), output_dir=sys.argv[2], log_z="group",
+    num_generations=2, per_device_train_batch_size=2, max_completion_length=6, max_prompt_length=16, max_steps=100000,
+    num_sample_prompts=0, rollout_engine="hf", callbacks=[callback],
+)
+"""
+
+
+def environment():
+    """Of a machine where nobody set anything; one thread per process, as torchrun has it."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")} | {"OMP_NUM_THREADS": "1"}
+
+
+def start(folder, what):
+    (folder / "script.py").write_text(SCRIPT)
+    command = [*TORCHRUN, folder / "script.py", Path(__file__).parent, folder / "run", what]
+    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment())
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_the_command_line_runs_under_a_launcher(tmp_path, launcher):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("one\ntwo and\nthree\nfour\n")
+    options = {
+        "model": tmp_path / "model",
+        "prompts": tmp_path / "prompts.txt",
+        "alpha": 2,
+        "output_dir": tmp_path / "run",
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 4,
+        "max_steps": 2,
+        "rollout_engine": "hf",
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    command = [*launcher, "-m", "powerflow_fast.cli", "train", *words]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done: ") == 1, "one process speaks"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["num_processes"] == 2
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert rows == [1, 2] and (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_a_rank_that_fails_ends_all_with_its_cause(tmp_path):
+    process = start(tmp_path, "fail")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "the disk of this rank caught fire" in errors
+
+
+def test_a_signal_to_the_launcher_saves_on_all_ranks(tmp_path):
+    process = start(tmp_path, "signal")
+    history = tmp_path / "run" / "history.jsonl"
+    while process.poll() is None and not (history.is_file() and history.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=200)
+    kept = latest_checkpoint(tmp_path / "run")
+    assert kept is not None and checkpoint_step(kept) >= 3, errors[-3000:]
+    assert f"step {checkpoint_step(kept)} of 100000 is saved in" in errors
+    assert "run the same with resume_from_checkpoint=True" in errors
