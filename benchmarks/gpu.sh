@@ -6,8 +6,8 @@
 # Needs a python3 (or $PYTHON) with torch for CUDA, triton, pytest and pytest-timeout; the suite gpu-update needs
 # transformers and accelerate too, and its TRL provider datasets. Installs the wheel (default: the newest of dist/, or one
 # built here) and the wheels of peers in FOLDER with --no-deps into folders under build/, so that the machine's packages
-# stay as they are. Then run.py: the tests in tests/gpu, and the suites `gpu gpu-loss la-tb gpu-update gpu-n` if none are
-# named, each stopped after --time-limit seconds (default 420; a case that has begun is finished). JSONL rows and logs go
+# stay as they are. Then run.py: the tests in tests/gpu, and the suites `gpu gpu-loss la-tb gpu-update gpu-n gpu-rollout`
+# if none are named, each stopped after --time-limit seconds (default 420; a case that has begun is finished). JSONL rows and logs go
 # to $OUT (default build/gpu-out); the last lines are a short table. --rehearse does all that on a CPU with tiny shapes and
 # measures nothing.
 set -uo pipefail
@@ -50,7 +50,7 @@ named=""
 for argument in ${arguments[@]+"${arguments[@]}"}; do
   case "$argument" in gpu | gpu-* | cpu | cpu-* | la-tb) named=1 ;; esac
 done
-[[ -n "$named" ]] || arguments=(gpu gpu-loss la-tb gpu-update gpu-n ${arguments[@]+"${arguments[@]}"})
+[[ -n "$named" ]] || arguments=(gpu gpu-loss la-tb gpu-update gpu-n gpu-rollout ${arguments[@]+"${arguments[@]}"})
 "$python" benchmarks/run.py --peers "$site/peers" --out "$OUT" --time-limit 420 "${arguments[@]}" 2>&1 | tee "$OUT/run.log"
 status=${PIPESTATUS[0]}
 "$python" benchmarks/render.py --results "$OUT" --summary

@@ -35,6 +35,7 @@ from results import (  # noqa: E402
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STALE = "†"
 HEAD = "linear_logprobs"
+WHAT = {HEAD: "frozen head", "linear_la_tb_loss": "LA-TB loss", "update": "update"}
 WHOLE_MODEL = ("update", "rollout")
 STALE_NOTE = f"{STALE} measured before the last change of these sources."
 
@@ -68,9 +69,9 @@ def cell(row: Row | None, *, name: bool = False) -> str:
 
 
 def readme_block(rows: list[Row]) -> str:
-    """One small table: a frozen head and the loss with a trained one, on a CPU and, once measured, on a GPU."""
+    """One small table: a frozen head, the loss with a trained one, a whole update; on a CPU and, once measured, a GPU."""
     cases: list[Providers] = []
-    for suite in ("gpu", "gpu-loss", "cpu", "cpu-loss"):
+    for suite in ("gpu", "gpu-loss", "gpu-update", "cpu", "cpu-loss", "cpu-update"):
         of_suite = by_case(r for r in rows if r["suite"] == suite and (r["mode"] == "frozen" or r["op"] != HEAD))
         cases += of_suite[:4]
     cases = [c for c in cases if ours(c) and ours(c)["status"] != "skipped"]
@@ -80,7 +81,8 @@ def readme_block(rows: list[Row]) -> str:
         lines = [
             "Forward and backward of a language-model head over N tokens: median time, peak memory on top of the "
             "inputs, and error (frozen head: of the log-prob summed over the tokens, in nats; LA-TB loss, which trains "
-            "the head: of the loss, relative).",
+            "the head: of the loss, relative). Below, a whole training update: scores under base and policy, loss, "
+            "backward pass, AdamW step.",
             "",
             "| | N × V × H | dtype | naive PyTorch | fastest other | powerflow_fast |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -88,8 +90,8 @@ def readme_block(rows: list[Row]) -> str:
         for providers in cases:
             own = ours(providers)
             device = "CPU" if own["device_type"] == "cpu" else own["device"]
-            what = f"{device}, {'frozen head' if own['op'] == HEAD else 'LA-TB loss'}"
-            shape = f"{own['n']} × {own['v']} × {own['h']}"
+            what = f"{device}, {WHAT[own['op']]}"
+            shape = f"{own['model']}, {own['n']}" if own["op"] == "update" else f"{own['n']} × {own['v']} × {own['h']}"
             cells = [cell(baseline(providers)), cell(fastest_other(providers), name=True), cell(own)]
             lines.append(f"| {what} | {shape} | {own['dtype']} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))

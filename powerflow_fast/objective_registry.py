@@ -59,6 +59,11 @@ class Objective:
             raise TypeError(
                 f"objective {self.name!r} must return an ObjectiveOutput or a scalar tensor, got {type(loss).__name__}"
             )
+        if trajectories.logps.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"objective {self.name!r} must return a loss that depends on logps, got one without a gradient: was it "
+                "detached? (Trajectories.group_* are constants)"
+            )
         if loss.dim() != 0 or not loss.is_floating_point():
             raise ValueError(
                 f"objective {self.name!r} must return a floating loss of shape (), got {loss.dtype} {tuple(loss.shape)}"
@@ -183,6 +188,10 @@ def resolve_objective(
         found = OBJECTIVES[objective]
     elif isinstance(objective, Objective):
         found = objective
+    elif isinstance(objective, type):
+        raise TypeError(
+            f"resolve_objective: objective must be a function or an instance, got the class {objective.__name__}"
+        )
     elif callable(objective):
         found = _of_user(objective)
     else:
@@ -210,6 +219,9 @@ def _of_user(function: Callable[..., Any]) -> Objective:
             f"resolve_objective: the attribute partition must be 'per_token', 'total' or None, got {partition!r}"
         )
     name = getattr(function, "__name__", type(function).__name__)
+    kinds = [p.kind for p in _parameters(function)]
+    if not any(k in (k.POSITIONAL_ONLY, k.POSITIONAL_OR_KEYWORD, k.VAR_POSITIONAL) for k in kinds):
+        raise TypeError(f"resolve_objective: objective {name!r} must take Trajectories as its first argument")
     return Objective(
         name=name,
         function=function,

@@ -18,6 +18,7 @@ def plot_history(
     alpha: float | None = None,
     max_completion_length: int | None = None,
     title: str | None = None,
+    objective: str = "la_tb",
 ) -> Path:
     """Draw the rows of ``history.jsonl`` (names as in ``report.METRICS``) to a PNG.
 
@@ -53,6 +54,13 @@ def plot_history(
             [("length", None)],
         ),
     ]
+    if objective != "la_tb":
+        panels[0] = ("Loss", f"of the objective {objective}", "loss", [("loss", None)])
+        panels[2] = ("log Z", "look for it to settle", "mean log Z", [("log_z", None)])
+    recorded = {name for row in history for name, value in row.items() if value is not None}
+    if "reward" in recorded:
+        spare = next((i for i, name in ((1, "delta_abs"), (2, "log_z")) if name not in recorded), 1)
+        panels[spare] = ("Reward", "look for a rise", "mean reward", [("reward", None)])
     figure = Figure(figsize=(13, 7.2), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)

@@ -34,11 +34,11 @@ __all__ = [
 # Columns of history.jsonl with their meaning and unit: those that the progress line and the plots read, and the gap.
 METRICS = {
     "step": "optimizer steps made",
-    "loss": "mean w * delta^2 over the step's sequences, (nats/token)^2",
+    "loss": "the objective; la_tb: mean w * delta^2 over the step's sequences, (nats/token)^2",
     "delta_abs": "mean |delta|, nats/token",
     "policy_logp": "mean over sequences of log pi(y|q) / |y|, nats/token",
     "base_logp": "mean over sequences of log p_base(y|q) / |y|, nats/token",
-    "log_z": "mean log Z', nats/token",
+    "log_z": "mean log-partition: log Z' in nats/token, or log Z in nats where the objective is of whole sequences",
     "entropy": "mean entropy of the policy's next-token distribution, nats",
     "length": "mean completion length, tokens",
     "rollout_logp_gap_mean": "mean |log-prob by the sampling engine - by our scorer| per token, nats",
@@ -79,7 +79,8 @@ class ProgressLine:
         for name, label, spec in (
             ("loss", "loss", ".4g"),
             ("delta_abs", "|δ|", ".3f"),
-            ("log_z", "log Z'", ".3f"),
+            ("log_z", "log Z", ".3f"),
+            ("reward", "reward", ".3f"),
             ("length", "length", ".1f"),
             ("tokens_per_second", "tok/s", ".0f"),
             ("mfu", "MFU", ".0%"),
@@ -227,13 +228,16 @@ def write_model_card(
     base_model: str,
     data_description: str,
     config: Mapping[str, Any],
+    objective: str = "la_tb",
+    how: tuple[str, str] | None = None,
     commit: str | None = None,
     metrics: Sequence[tuple[str, Any, Any]] = (),
 ) -> Path:
     """``README.md`` of a trained model, with the YAML header that the Hugging Face hub reads.
 
-    ``metrics`` has rows (name, at the first step, at the last step); names in :data:`METRICS` are spelt out. A
-    ``base_model`` that is a local folder is named without its path, and ``config`` is shown without its paths.
+    ``objective`` is its name, ``how`` what it minimises and trains to, None for a function of the user's. ``metrics``
+    has rows (name, at the first step, at the last step); names in :data:`METRICS` are spelt out. A ``base_model`` that
+    is a local folder is named without its path, and ``config`` is shown without its paths.
     """
     from huggingface_hub import ModelCardData
 
@@ -243,17 +247,12 @@ def write_model_card(
         base_model=base_model if is_hub_name else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["powerflow", "la-tb"],
+        tags=["powerflow", *([objective.replace("_", "-")] if how is not None else [])],
     )
-    direction = "sharpened" if alpha > 1 else "flattened" if alpha < 1 else "unchanged"
     lines = [
         f"---\n{data.to_yaml()}\n---",
         "",
-        f"# {name}, trained towards p_base^{alpha:g}",
-        "",
-        f"A {direction} version of `{name}`: trained, without rewards, towards sampling completions in proportion to",
-        f"p_base(y|q)^α with α = {alpha:g}, by length-aware trajectory balance (LA-TB, "
-        "[arXiv 2603.18363](https://arxiv.org/abs/2603.18363)).",
+        *_what_it_is(name, alpha, objective, how),
         "",
         f"- α: {alpha:g}",
         f"- base model: `{name}`",
@@ -271,6 +270,26 @@ def write_model_card(
     path = Path(folder) / "README.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def _what_it_is(name: str, alpha: float, objective: str, how: tuple[str, str] | None) -> list[str]:
+    if objective == "la_tb":
+        direction = "sharpened" if alpha > 1 else "flattened" if alpha < 1 else "unchanged"
+        return [
+            f"# {name}, trained towards p_base^{alpha:g}",
+            "",
+            f"A {direction} version of `{name}`: trained, without rewards, towards sampling completions in proportion",
+            f"to p_base(y|q)^α with α = {alpha:g}, by length-aware trajectory balance (LA-TB, "
+            "[arXiv 2603.18363](https://arxiv.org/abs/2603.18363)).",
+        ]
+    lines = [
+        f"# {name}, trained with {objective}",
+        "",
+        f"`{name}`, trained with the objective `{objective}`, α = {alpha:g}.",
+    ]
+    if how is not None:
+        lines += ["", f"It minimises `{how[0]}`, which trains to: `{how[1]}`."]
+    return lines
 
 
 def _duration(seconds: float) -> str:

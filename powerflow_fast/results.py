@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from . import report
 from .checkpoint import git_commit
 from .config import PowerFlowConfig
 from .models import save_model
+from .objective_registry import OBJECTIVES
 from .plots import plot_history
 
 __all__ = ["write_results"]
 
-_CARD_METRICS = ("entropy", "policy_logp", "base_logp", "length", "delta_abs")
+logger = logging.getLogger(__name__)
+
+_CARD_METRICS = ("entropy", "policy_logp", "base_logp", "length", "delta_abs", "reward")
 
 
 def write_results(
@@ -39,7 +43,7 @@ def write_results(
     ``samples`` are those before and after training; ``weights`` the model's where they are sharded in it.
     """
     # A skipped step has no finite numbers, or too few of them.
-    needed = ("loss", *_CARD_METRICS)
+    needed = ("loss", "entropy", "length")
     steps = [row for row in history if all(isinstance(row.get(k), float) and math.isfinite(row[k]) for k in needed)]
     save_model(model, tokenizer, output_dir, state_dict=weights)
     if log_z_weights is not None:
@@ -50,9 +54,14 @@ def write_results(
         base_model=base_model,
         data_description=data_description,
         config=config.to_dict(),
+        objective=config.objective,
+        how=(known.formula, known.target) if (known := OBJECTIVES.get(config.objective)) else None,
         commit=git_commit(),
-        metrics=[(name, steps[0][name], steps[-1][name]) for name in _CARD_METRICS] if steps else [],
+        metrics=[(name, steps[0][name], steps[-1][name]) for name in _CARD_METRICS if steps and name in steps[0]],
     )
     report.write_samples(output_dir / "samples.md", *samples)
     if steps:
-        plot_history(steps, output_dir / "history.png", alpha=alpha, max_completion_length=config.max_completion_length)
+        options = {"alpha": alpha, "max_completion_length": config.max_completion_length, "objective": config.objective}
+        plot_history(steps, output_dir / "history.png", **options)
+    elif any("loss" in row for row in history):
+        logger.warning("no step of this run was finite: %s holds the model that it started from", output_dir / "model")

@@ -91,6 +91,9 @@ def test_a_function_of_trajectories_is_an_objective(tmp_path):
     assert result.history[-1]["entropy"] < result.history[0]["entropy"] - 0.3
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["config"]["objective"].endswith("sharpen")
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "sharpen" in card and "LA-TB" not in card and "la-tb" not in card
+    assert (tmp_path / "run" / "history.png").is_file(), "a loss is all that is needed"
     assert seen[0].alpha == 2.0 and seen[0].group_ids is not None and seen[0].log_z is None
 
 
@@ -242,6 +245,27 @@ def test_contradictions_are_refused(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, **{**OPTIONS, **options})
     assert not (tmp_path / "run").exists()
+
+
+def test_functions_that_are_no_objectives_are_refused(tmp_path):
+    class Objective:
+        def __call__(self, trajectories):
+            return trajectories.logps.sum()
+
+    for objective, message in (
+        (Objective, "must be a function or an instance, got the class Objective"),
+        (lambda: 0.0, "'<lambda>' must take Trajectories as its first argument"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path, objective=objective, **OPTIONS)
+    with pytest.raises(ValueError, match="must return a loss that depends on logps"):
+        run(tmp_path, objective=lambda t: t.logps.detach().sum(), **OPTIONS)
+
+
+def test_a_run_without_a_finite_step_says_so(tmp_path, caplog):
+    result = run(tmp_path, objective=lambda t: t.logps.sum() * float("nan"), **OPTIONS)
+    assert "no step of this run was finite" in caplog.text
+    assert same(weights(result.model), weights(tiny_model()))
 
 
 def test_a_reward_that_nothing_takes_is_said_so(tmp_path, caplog):

@@ -51,7 +51,7 @@ def test_progress_on_a_terminal_is_one_rewritten_line(clock, monkeypatch):
             progress.update({"step": step, **ROW})
         progress.note("saved checkpoint-2")
     text = out.getvalue()
-    expected = "step  2/60 | loss 0.4123 | |δ| 0.500 | log Z' -1.250 | length 38.2 | 91 tok/s | ETA 9m40s"
+    expected = "step  2/60 | loss 0.4123 | |δ| 0.500 | log Z -1.250 | length 38.2 | 91 tok/s | ETA 9m40s"
     assert expected.replace("91 tok/s", "tok/s 91") in text
     assert text.count("\n") == 2 and "saved checkpoint-2\n" in text and text.endswith("\n")
     # After the note the live line is back.
