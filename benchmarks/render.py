@@ -69,7 +69,7 @@ def cell(row: Row | None, *, name: bool = False) -> str:
 
 
 def readme_block(rows: list[Row]) -> str:
-    """One small table: a frozen head, the loss with a trained one, a whole update; on a CPU and, once measured, a GPU."""
+    """One small table: a frozen head, the loss with a trained one, a whole update; on a CPU and, if measured, a GPU."""
     cases: list[Providers] = []
     for suite in ("gpu", "gpu-loss", "gpu-update", "cpu", "cpu-loss", "cpu-update"):
         of_suite = by_case(r for r in rows if r["suite"] == suite and (r["mode"] == "frozen" or r["op"] != HEAD))

@@ -188,8 +188,10 @@ class PowerFlowConfig:
     use_liger_kernel: Literal["auto", "on", "off"] = _opt(
         "off", "Liger's RMSNorm, RoPE and SwiGLU on policy and base; auto: on CUDA where liger-kernel has them"
     )
-    base: Literal["auto", "adapter_off", "copy", "cpu"] = _opt(
-        "auto", "where p_base comes from: the model with its adapter off, a frozen copy, or a frozen copy in CPU memory"
+    base: Literal["auto", "adapter_off", "copy", "cpu", "8bit", "4bit"] = _opt(
+        "auto",
+        "where p_base comes from: the model with its adapter off, a frozen copy, one in CPU memory, or quantised by "
+        "bitsandbytes",
     )
     use_peft: bool = _opt(False, "train a LoRA adapter instead of all weights")
     lora_r: int = _opt(16, "LoRA rank", ge=1)
@@ -255,6 +257,8 @@ class PowerFlowConfig:
                 f"lora_target_modules must not contain the head, got {targets!r}: log-probs are computed from the "
                 "head's own weight, and an adapter on it would be left out"
             )
+        if self.use_peft and self.base in ("8bit", "4bit"):
+            raise config_error(f"base={self.base!r} quantises a copy; with use_peft the base is the model itself")
         if not self.output_dir.strip():
             raise config_error("output_dir must not be empty")
         self.output_dir = str(Path(self.output_dir).expanduser())

@@ -51,6 +51,7 @@ from .preparation import (
     prompt_text,
     seed_of,
 )
+from .quantization import QUANTIZED, quantize_base
 from .replay import ReplayBuffer
 from .results import write_results
 from .rewards import resolve_format
@@ -152,7 +153,10 @@ class Run:
 
         config, accelerator = self.config, self.accelerator
         # Before anything is loaded over the weights: p_base is the model as it was given.
-        self.base = make_base(self.model, config.base)
+        self.base = make_base(self.model, "copy" if config.base in QUANTIZED else config.base)
+        base_weights = weights_fingerprint(self.base.scorer.model)
+        if config.base in QUANTIZED:
+            quantize_base(self.base, config.base)
         on_device = [self.model] if self.base.mode == "cpu" else [self.model, self.base.scorer.model]
         self.unpatch = apply_liger(on_device, config.use_liger_kernel, accelerator.device)
         scorer = CausalLMScorer(self.model)
@@ -194,7 +198,7 @@ class Run:
             "chat_template": digest(getattr(self.tokenizer, "chat_template", None)),
             "format_fn": getattr(self.format_fn, "__qualname__", None),
             "rewards": None if self.reward is None else self.reward.names,
-            "base_model": weights_fingerprint(self.base.scorer.model),
+            "base_model": base_weights,
             "num_processes": self.world,
         }
         self.state = RunState(self.policy, optimizer, self.scheduler, config, identity)
