@@ -63,9 +63,10 @@ def cell(row: Row | None, *, name: bool = False) -> str:
     label = f"{row['provider']}: " if name else ""
     if row["status"] != "ok":
         return f"{label}{row['status']} ({row['error'].split(':')[0]})"
-    error = show_number(row.get("sum_err", row.get("loss_rel_err")))
-    memory = show_memory(row.get("peak_extra_mib"))
-    return f"{label}{show_time(row['ms_p50'])}, {memory}, {error}{STALE if is_stale(row) else ''}"
+    parts = [show_time(row["ms_p50"])]
+    parts += [show_memory(row["peak_extra_mib"])] if row.get("peak_extra_mib") is not None else []
+    parts += [show_number(row.get("sum_err", row.get("loss_rel_err")))]
+    return f"{label}{', '.join(part for part in parts if part)}{STALE if is_stale(row) else ''}"
 
 
 def readme_block(rows: list[Row]) -> str:
