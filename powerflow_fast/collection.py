@@ -128,8 +128,9 @@ class Collector:
         """Set ``old_logps`` where steps need them; statistics of the policy's distributions where the reward does."""
         config = self.config
         need_stats = self.reward is not None and self.reward.needs_stats
+        need_old = config.updates_per_generation > 1 or self.updater.objective.needs_old_logps
         scores = None
-        if need_stats or (config.updates_per_generation > 1 and self.samples_policy):
+        if need_stats or (need_old and self.samples_policy):
             scores = self.updater.score_policy(samples, need_stats=need_stats)
         if self.external or config.use_rollout_logps:
             logps = [logp for row in rollout.logps for logp in row]
@@ -141,7 +142,7 @@ class Collector:
             samples.old_logps = torch.tensor(logps, dtype=torch.float32, device=samples.psi.device)
         elif config.rollout_temperature:
             samples.old_logps = self.updater.score_policy(samples, temperature=config.rollout_temperature).logps
-        elif config.updates_per_generation > 1:
+        elif need_old:
             samples.old_logps = scores.logps
         return scores.stats if need_stats else None
 

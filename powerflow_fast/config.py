@@ -110,7 +110,7 @@ class PowerFlowConfig:
     top_k: int = _opt(0, "must stay 0: samples are drawn from the full softmax that is scored")
     rollout_engine: Literal["auto", "hf", "continuous", "vllm"] = _opt(
         "auto",
-        "what samples; auto: vllm with use_vllm, else on GPUs continuous batching if a probe finds it right, else hf",
+        "what samples; auto: vllm with use_vllm, continuous batching where it pays and a probe finds it right, else hf",
     )
     rollout_batch_size: int = _opt(64, "sequences decoded at once on each device", ge=1)
     rollout_cache_tokens: int | None = _opt(

@@ -50,6 +50,8 @@ class Objective:
 
     def __call__(self, trajectories: Trajectories) -> ObjectiveOutput:
         """The function's output; a scalar loss gets weight and logp_mean of the trajectories."""
+        if self.needs_old_logps and trajectories.old_logps is None:
+            raise ValueError(f"objective {self.name!r} needs old_logps (N,), got None")
         out = self.function(trajectories, **self.bound)
         if isinstance(out, ObjectiveOutput):
             loss = out.loss

@@ -380,7 +380,7 @@ class Run:
 
     def _step(self, samples: Samples, *, first: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
         """One optimiser step, the ``first`` on its rollout or not; none where loss or gradient are not finite."""
-        on_policy = first and self.collector.samples_policy
+        on_policy = first and self.collector.samples_policy and not self.objective.needs_old_logps
         started = time.perf_counter()
         self.wrapped.train()
         with self._abandonable():

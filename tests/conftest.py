@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 
+# These run in verl's environment, by `make test-verl`, and bring a conftest of their own.
+collect_ignore = ["integrations_verl"]
+
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

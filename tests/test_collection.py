@@ -18,6 +18,7 @@ from powerflow_fast.errors import CheckpointError, ConfigError, RolloutError
 from powerflow_fast.group_rewards import REWARDS
 from powerflow_fast.objective_registry import OBJECTIVES, resolve_objective
 from powerflow_fast.rollout import Rollout
+from powerflow_fast.trajectories import Trajectories
 
 OPTIONS = {"alpha": 2.0, "num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 2, "log_z": "group"}
 
@@ -95,6 +96,24 @@ def test_a_function_of_trajectories_is_an_objective(tmp_path):
     assert "sharpen" in card and "LA-TB" not in card and "la-tb" not in card
     assert (tmp_path / "run" / "history.png").is_file(), "a loss is all that is needed"
     assert seen[0].alpha == 2.0 and seen[0].group_ids is not None and seen[0].log_z is None
+
+
+def test_old_log_probs_are_there_for_those_who_need_them(tmp_path):
+    ratios = []
+
+    def surrogate(trajectories):
+        ratios.append((trajectories.logps - trajectories.old_logps).exp().detach())
+        return -trajectories.token_mean(
+            (trajectories.logps - trajectories.old_logps).exp() * trajectories.logps.detach()
+        )
+
+    surrogate.needs_old_logps = True
+    run(tmp_path, objective=surrogate, **OPTIONS)
+    assert len(ratios) == 2 and all(torch.allclose(r, torch.ones_like(r), atol=1e-5) for r in ratios)
+    objective = resolve_objective(surrogate)
+    with pytest.raises(ValueError, match="objective 'surrogate' needs old_logps"):
+        offsets = torch.tensor([0, 2], dtype=torch.int32)
+        objective(Trajectories(logps=torch.zeros(2), base_logps=torch.zeros(2), cu_seqlens=offsets))
 
 
 # Rewards

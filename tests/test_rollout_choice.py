@@ -22,14 +22,16 @@ GAPS = ("rollout_logp_gap_mean", "rollout_logp_gap_max")
 @pytest.fixture
 def pays(monkeypatch):
     """As on a GPU, where continuous batching is worth a probe."""
-    monkeypatch.setattr(rollout_choice, "continuous_pays", lambda device: True)
+    monkeypatch.setattr(rollout_choice, "continuous_pays", lambda device, sequences, places: True)
 
 
 def test_auto_takes_generate_on_a_cpu(caplog):
     name, messages = choose(tiny_model(), caplog)
     assert name == "hf" and messages == [
-        "rollout_engine='auto' chose 'hf': continuous batching is no faster than generate on a CPU"
+        "rollout_engine='auto' chose 'hf': continuous batching is no faster on a CPU with 8 sequences, 64 at once"
     ]
+    sizes = {"per_device_train_batch_size": 128, "rollout_batch_size": 32}
+    assert choose(tiny_model("qwen2"), caplog, **sizes)[0] == "continuous", "enough wait for a place"
 
 
 def choose(model, caplog, **options):
