@@ -38,7 +38,8 @@ _HEAD_TRITON = (
     "kernels/linear_logprob_bwd.py",
 )
 _LOSS = ("csrc/la_tb.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py")
-_UPDATE_MODULES = ("update", "models", "heads", "packing", "partition", "samples", "trajectories", "trajectory_balance")
+_UPDATE_MODULES = ("update", "models", "heads", "packing", "attention", "partition", "samples")
+_UPDATE_MODULES += ("trajectories", "trajectory_balance", "residuals")
 _UPDATE = tuple(f"package/{name}.py" for name in _UPDATE_MODULES)
 SOURCES = {
     ("linear_logprobs", "torch"): _HEAD_TORCH,

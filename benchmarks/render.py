@@ -92,7 +92,11 @@ def readme_block(rows: list[Row]) -> str:
             own = ours(providers)
             device = "CPU" if own["device_type"] == "cpu" else own["device"]
             what = f"{device}, {WHAT[own['op']]}"
-            shape = f"{own['model']}, {own['n']}" if own["op"] == "update" else f"{own['n']} × {own['v']} × {own['h']}"
+            shape = (
+                f"{own['model']}, {own['n']} tokens"
+                if own["op"] == "update"
+                else f"{own['n']} × {own['v']} × {own['h']}"
+            )
             cells = [cell(baseline(providers)), cell(fastest_other(providers), name=True), cell(own)]
             lines.append(f"| {what} | {shape} | {own['dtype']} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))

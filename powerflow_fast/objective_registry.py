@@ -61,14 +61,14 @@ class Objective:
             raise TypeError(
                 f"objective {self.name!r} must return an ObjectiveOutput or a scalar tensor, got {type(loss).__name__}"
             )
+        if loss.dim() != 0 or not loss.is_floating_point():
+            raise ValueError(
+                f"objective {self.name!r} must return a floating loss of shape (), got {loss.dtype} {tuple(loss.shape)}"
+            )
         if trajectories.logps.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
                 f"objective {self.name!r} must return a loss that depends on logps, got one without a gradient: was it "
                 "detached? (Trajectories.group_* are constants)"
-            )
-        if loss.dim() != 0 or not loss.is_floating_point():
-            raise ValueError(
-                f"objective {self.name!r} must return a floating loss of shape (), got {loss.dtype} {tuple(loss.shape)}"
             )
         return out or ObjectiveOutput(loss, trajectories.importance_weight(), trajectories.logp_mean)
 

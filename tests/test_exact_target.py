@@ -86,8 +86,8 @@ def test_training_reaches_the_power_of_the_base(ends, alpha, log_z, tmp_path):
         torch.testing.assert_close(target, (alpha * base).softmax(0))
     config = PowerFlowConfig(
         output_dir=str(tmp_path / "run"),
-        num_generations=128,
-        per_device_train_batch_size=128,
+        num_generations=192,
+        per_device_train_batch_size=192,
         max_completion_length=4 if ends else 3,
         rollout_engine="hf",
         learning_rate=2e-3,
@@ -95,7 +95,7 @@ def test_training_reaches_the_power_of_the_base(ends, alpha, log_z, tmp_path):
         log_z=log_z,
         log_z_learning_rate=1e-2,
         adam_beta2=0.99,
-        rollout_batch_size=128,
+        rollout_batch_size=192,
         max_steps=250,
         logging_steps=250,
         num_sample_prompts=0,
