@@ -157,9 +157,8 @@ class Collector:
 
     def _rewards(self, samples: Samples, indices: list[int], texts: list[str], stats: LogprobStats | None) -> Tensor:
         rows = self._rows(indices)
-        of_tokens = (
-            {} if stats is None else {"entropy": stats.entropy, "lse": stats.lse, "mean_logit": stats.mean_logit}
-        )
+        names = ("entropy", "lse", "mean_logit")
+        of_tokens = {} if stats is None else {name: getattr(stats, name).cpu() for name in names}
         inputs = RewardInputs(
             prompts=[row.prompt for row in rows],
             completions=texts,

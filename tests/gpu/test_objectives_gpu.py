@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from test_trainer import run
 
 from powerflow_fast import linear_logprobs
 from powerflow_fast.objective_registry import OBJECTIVES
@@ -50,6 +52,12 @@ def test_objectives_on_the_device(name):
     for ours, again, want in zip(first, second, outcome(name, trajectories("cpu")), strict=True):
         assert torch.equal(ours, again), "the same bits on every run"
         torch.testing.assert_close(ours.cpu(), want, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reward", ["rent", "intuitor", "ttrl"])
+def test_rewards_in_a_run_on_the_device(reward, tmp_path):
+    first = run(tmp_path, objective="grpo", reward=reward).history[0]
+    assert math.isfinite(first["reward"]) and math.isfinite(first["loss"])
 
 
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids="+".join)
