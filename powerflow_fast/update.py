@@ -301,7 +301,7 @@ class Updater:
                 logps = out.logps.float()
                 log_z = None if out.log_z is None else out.log_z.float()
                 if step is None:
-                    results.append(self._objective(part, logps, log_z, **terms))
+                    results.append(self._objective(part, batch.cu_seqlens, logps, log_z, **terms))
                     loss = results[-1].loss
                 else:
                     loss = _surrogate(step, samples, indices, logps, log_z)
@@ -324,12 +324,19 @@ class Updater:
         )
 
     def _objective(
-        self, samples: Samples, logps: Tensor, log_z: Tensor | None, *, on_policy: bool, **divisors: int
+        self,
+        samples: Samples,
+        cu_seqlens: Tensor,
+        logps: Tensor,
+        log_z: Tensor | None,
+        *,
+        on_policy: bool,
+        **divisors: int,
     ) -> ObjectiveOutput:
         trajectories = Trajectories(
             logps=logps,
             base_logps=samples.base_logps,
-            cu_seqlens=samples.cu_seqlens,
+            cu_seqlens=cu_seqlens,
             alpha=self.alpha,
             log_z=log_z if self.objective.partition is not None else None,
             group_ids=samples.group_ids,
@@ -353,7 +360,7 @@ class Updater:
         scores = self.score_policy(samples)
         leaves = [t.requires_grad_() for t in (scores.logps, scores.log_z) if t is not None]
         with torch.enable_grad():
-            output = self._objective(samples, scores.logps, scores.log_z, **terms)
+            output = self._objective(samples, samples.cu_seqlens, scores.logps, scores.log_z, **terms)
             gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
         return _Step(output, gradients[0], gradients[1] if len(leaves) > 1 else None)
 
