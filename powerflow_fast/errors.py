@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DeviceMemoryError",
+    "JudgeError",
     "ModelError",
     "NonFiniteLossError",
     "OutputDirError",
@@ -47,6 +48,18 @@ class BackendUnavailableError(PowerFlowError, RuntimeError):
 
 class RolloutError(PowerFlowError, RuntimeError):
     """A sampling engine failed, is missing, or samples from other weights than it was told to; the cause is named."""
+
+
+class JudgeError(PowerFlowError, RuntimeError):
+    """A judge's endpoint is down, refuses, or does not speak its format; what it has answered is kept.
+
+    ``done`` of ``total`` prompts of the failed call have a reply; the same call again asks only for the others.
+    """
+
+    def __init__(self, message: str, *, done: int = 0, total: int = 0):
+        super().__init__(message)
+        self.done = done
+        self.total = total
 
 
 class CheckpointError(PowerFlowError, RuntimeError):
