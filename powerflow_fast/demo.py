@@ -21,10 +21,11 @@ from torch import nn
 from .config import PowerFlowConfig
 from .data import PromptRow, encode_prompt
 from .demo_prompts import DemoPrompt, demo_prompts, reasoning_score
+from .diversity import distinct_n
 from .estimates import Change, paired_change
 from .models import CausalLMScorer, load_model
 from .packing import pad_batch, segment_sum
-from .report import Sample, distinct_n, format_samples, format_table, write_samples
+from .report import Sample, format_samples, format_table, write_samples
 from .rollout import HFGenerateEngine
 from .smollm2 import smollm2_model
 
