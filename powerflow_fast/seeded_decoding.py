@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,23 +19,7 @@ from .heads import evaluating, unwrap_peft
 from .models import max_positions
 from .rollout import ModelEngine, checked_prompts, own_generation_config_aside
 
-__all__ = ["Completion", "Draw", "SeededDecoder", "random_stream", "stream_seed"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One completion that a sampler drew."""
-
-    text: str
-    """Without special tokens."""
-    ids: list[int]
-    """Tokens up to and with the end-of-sequence token."""
-    finished: bool
-    """An end-of-sequence token came before the length limit."""
-    generated_tokens: int
-    """Tokens that the model had to generate for it, the rejected ones too."""
-    note: str = ""
-    """What went otherwise than asked for; empty as a rule."""
+__all__ = ["Draw", "SeededDecoder", "random_stream", "stream_seed"]
 
 
 @dataclass(frozen=True)
@@ -143,10 +128,10 @@ class SeededDecoder(ModelEngine):
 
         device = lm.get_input_embeddings().weight.device
         width, limits = max(map(len, prompts)), list(map(len, uniforms))
-        numbers = torch.zeros(len(prompts), max(limits), dtype=torch.float64)
+        numbers = numpy.zeros((len(prompts), max(limits)))
         for row, values in zip(numbers, uniforms, strict=True):
-            row[: len(values)] = torch.from_numpy(values)
-        pick = _Pick(numbers.to(device), self.temperature)
+            row[: len(values)] = values
+        pick = _Pick(torch.from_numpy(numbers).to(device), self.temperature)
         config = GenerationConfig(
             do_sample=False,  # of what ``pick`` leaves
             max_new_tokens=max(limits),
@@ -163,17 +148,15 @@ class SeededDecoder(ModelEngine):
         )
         self.prefilled_tokens += sum(map(len, prompts))
         self.forwards += len(pick.tokens)
-        tokens, logps, proposal_logps = (torch.stack(x, 1).cpu() for x in (pick.tokens, pick.logps, pick.proposal))
+        kept = zip(*(torch.stack(x, 1).tolist() for x in (pick.tokens, pick.logps, pick.proposal)), strict=True)
         draws = []
-        for row, limit in enumerate(limits):
-            ids = tokens[row, :limit].tolist()
-            ends = [t for t, token in enumerate(ids) if token in self.eos_ids]
-            length = ends[0] + 1 if ends else len(ids)
-            kept = proposal_logps[row, :length]
-            if not bool(kept.isfinite().all()):
-                first = int((~kept.isfinite()).nonzero()[0])
+        for (tokens, logps, proposal_logps), limit in zip(kept, limits, strict=True):
+            length = next((t for t, token in enumerate(tokens[:limit], 1) if token in self.eos_ids), limit)
+            if not all(map(math.isfinite, proposal_logps[:length])):
+                first = list(map(math.isfinite, proposal_logps)).index(False)
                 raise RolloutError(f"the model's logits for completion token {first} are not numbers")
-            draws.append(Draw(ids[:length], bool(ends), logps[row, :length].tolist(), kept.tolist()))
+            finished = tokens[length - 1] in self.eos_ids
+            draws.append(Draw(tokens[:length], finished, logps[:length], proposal_logps[:length]))
         return draws
 
 
