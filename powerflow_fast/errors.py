@@ -5,6 +5,8 @@ A message names the argument or file, what was expected, what was found, and wha
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
@@ -18,6 +20,7 @@ __all__ = [
     "PowerFlowError",
     "RolloutError",
     "RunStopped",
+    "ScorerError",
     "SelfCheckError",
 ]
 
@@ -64,6 +67,17 @@ class JudgeError(PowerFlowError, RuntimeError):
 
 class CheckpointError(PowerFlowError, RuntimeError):
     """A checkpoint is unreadable, incomplete, or belongs to a run with another configuration."""
+
+
+class ScorerError(PowerFlowError, RuntimeError):
+    """A scorer raised, or returned no number; the message names it, the problem and the completion.
+
+    ``completions`` holds what :func:`evaluate` had sampled, to be passed to it again with ``completions=``.
+    """
+
+    def __init__(self, message: str, *, completions: list[dict[str, Any]] | None = None):
+        super().__init__(message)
+        self.completions = completions or []
 
 
 class DeviceMemoryError(PowerFlowError, RuntimeError):
