@@ -112,6 +112,8 @@ def _pass_at_k(runs: Sequence[Run]) -> Picture | str:
         ticks = [k for k in ks if k & (k - 1) == 0 or k == ks[-1]] if len(ks) > 8 else ks
         axes.set_xticks(ticks, [str(k) for k in ticks])
         axes.minorticks_off()
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
         _label(axes, "k, completions drawn", "pass@k")
         _legend(figure, handles, {i: runs[i].label for i in handles})
         svg = _svg(figure, "pass@k")
