@@ -309,8 +309,9 @@ def render(study: Study, folder: Path, *, png: bool = False) -> None:
             figure.savefig(path, metadata={"Date": None, "Source": f"rows {digest(rows)}"})
             if png:
                 figure.savefig(path.with_suffix(".png"), dpi=110)
-        # a third of the file is indentation
-        path.write_text(re.sub(r"\n\s+", "\n", path.read_text(encoding="utf-8")), encoding="utf-8")
+        # half of the file is indentation and digits that no screen shows
+        text = re.sub(r"\n\s+", "\n", path.read_text(encoding="utf-8"))
+        path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", text), encoding="utf-8")
     study.page_file(folder).write_text(page(study, rows), encoding="utf-8")
 
 

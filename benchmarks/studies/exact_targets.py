@@ -436,17 +436,23 @@ STUDY = Study(
     claims=claims,
     figures={
         "exact": Picture(
-            "Training without noise: total variation to each objective's own target, mean over seeds.",
+            "Training without noise: total variation to each objective's own target, mean over seeds, smaller ones "
+            f"drawn at {view.FLOOR:g}. Log-variance TB and RL-traj lie on TB.",
             view.draw_distances,
             (9.6, 4.0),
         ),
         "length": Picture("Training without noise: mean length of the completions.", view.draw_lengths, (9.6, 3.4)),
         "sampled": Picture(
-            "From 16 samples of a prompt: total variation to each objective's own target.",
+            f"From {SAMPLES} samples of a prompt: total variation to each objective's own target. Log-variance TB and "
+            "RL-traj lie on TB.",
             view.draw_sampled,
             (9.6, 4.0),
         ),
-        "log_z": Picture("LA-TB from K samples of a prompt, by where log Z' is from.", view.draw_log_z, (9.6, 7.0)),
+        "log_z": Picture(
+            "LA-TB from K samples of a prompt: total variation to its target, by where log Z' is from.",
+            view.draw_log_z,
+            (9.6, 7.0),
+        ),
     },
     body=lambda rows: "\n\n".join([view.log_z_table(rows), view.tables(rows, NEAR)]),
 )

@@ -25,7 +25,7 @@ FLOOR = 1e-4
 """Where the axis of distances ends."""
 SAMPLES = 16
 """K where group sizes are not compared."""
-SHARED = Look("learned, one for all prompts", GREY, "-", "v", 1.5)
+SHARED = Look("learned, one for all prompts", GREY, "-.", "", 1.8)
 
 
 def by_alpha(rows: Iterable[Row]) -> dict[float, list[Row]]:
@@ -115,7 +115,7 @@ def draw_log_z(figure: Figure, rows: list[Row]) -> None:
         for axes, alpha in zip(line, alphas, strict=True):
             for name, look in (LOG_Z_LOOKS | {"one_for_all": SHARED}).items():
                 of = select(rows, samples=samples, alpha=alpha, log_z=name)
-                axes.plot(*curve(of, "tv_own"), **look.line(markersize=3))
+                axes.plot(*curve(of, "tv_own"), **look.line(marker=""))
             log_scale(axes)
             tidy(axes)
         line[0].set_ylabel(f"K = {samples}\ntotal variation")
