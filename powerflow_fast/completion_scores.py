@@ -32,8 +32,7 @@ def fill_scores(store: CompletionStore, rows: Sequence[PromptRow], scorer: Named
             row = rows[record["problem"]]
             try:
                 record["score"] = scorer(row.prompt, record["completion"], **row.extra)
-                if scorer.read_answer is not None:
-                    record["answer"] = scorer.read_answer(record["completion"])
+                record["answer"] = None if scorer.read_answer is None else scorer.read_answer(record["completion"])
             except Exception as error:  # a ScorerError, or whatever a user's read_answer raises
                 message = str(error) if isinstance(error, ScorerError) else f"{type(error).__name__}: {error}"
                 kept = (

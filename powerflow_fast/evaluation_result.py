@@ -53,7 +53,6 @@ class Evaluation:
     def save(self, folder: str | Path) -> Path:
         """Write ``evaluation.json`` and ``completions.jsonl`` into ``folder``, which is made; returns it."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         store = CompletionStore(folder)
         store.records = list(self.completions)
         store.save()

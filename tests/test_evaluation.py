@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy
 import peft
@@ -115,6 +116,27 @@ def test_files_and_loading(tiny, tmp_path):
     (tmp_path / "copy" / "evaluation.json").write_text('{"complete": true, "name": "x"}')
     with pytest.raises(DataError, match=r"damaged evaluation \(KeyError: 'problems'\)"):
         Evaluation.load(tmp_path / "copy")
+
+
+def test_a_completion_may_hold_any_character(tmp_path):
+    made = [{"problem": 0, "completion": "a\u2028b\x85c\n\x0c\ud800 é \\"}]
+    result = evaluate(None, ["q"], completions=made, measures=["lexical"], output_dir=tmp_path)
+    assert Evaluation.load(tmp_path) == result and result.completions[0]["completion"] == made[0]["completion"]
+    assert " é " in (tmp_path / "completions.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named(tiny, tmp_path):
+    class Filling(Scripted):
+        def sample(self, rows, **options):
+            if len(self.calls) == 2:
+                (tmp_path / "completions.jsonl").rename(tmp_path / "kept")
+                (tmp_path / "completions.jsonl").symlink_to("/dev/full")
+            return super().sample(rows, **options)
+
+    with pytest.raises(OutputDirError, match="cannot be used: no space left on the disk that holds"):
+        scripted(tiny, Filling(), output_dir=tmp_path)
+    assert len((tmp_path / "kept").read_text().splitlines()) == 8
 
 
 def test_what_is_stopped_goes_on_where_it_was(tiny, tmp_path):
@@ -407,6 +429,18 @@ def test_during_training(tiny, tmp_path):
     assert all(isinstance(value, float) for value in numbers.values())
     assert eval_fn(model, tokenizer, 8) == numbers
     assert len(Evaluation.load(tmp_path / "step-7").completions) == 4
+
+
+def test_a_training_run_records_it_by_steps(tiny, tmp_path):
+    _, tokenizer = tiny
+    eval_fn = during_training(PROBLEMS, num_samples=2, scorer="exact", max_completion_length=4)
+    options = {"max_steps": 2, "eval_steps": 1, "num_generations": 2, "per_device_train_batch_size": 2}
+    options |= {"max_completion_length": 4, "output_dir": str(tmp_path), "num_sample_prompts": 0, "log_z": "group"}
+    prompts = [p["prompt"] for p in PROBLEMS]
+    powerflow_fast.train(tiny_model(), prompts, alpha=2.0, tokenizer=tokenizer, eval_fn=eval_fn, **options)
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
+    assert list(steps) == [0, 1, 2] and all("eval/length" in row for row in rows if "eval/accuracy" in row)
 
 
 def test_it_is_public_and_lazy():
