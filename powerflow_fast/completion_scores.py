@@ -13,8 +13,8 @@ from torch import nn
 from .data import PromptRow, encode_prompt
 from .errors import ConfigError, ScorerError
 from .evaluation_files import CompletionStore, weights_digest
-from .heads import evaluating
-from .models import BaseScorer, CausalLMScorer, load_model, make_base, pad_token_id, weights_fingerprint
+from .heads import evaluating, is_peft
+from .models import BaseScorer, CausalLMScorer, load_model, pad_token_id, weights_fingerprint
 from .packing import pad_batch, segment_sum
 from .samples import runs
 from .scorers import NamedScorer
@@ -63,9 +63,12 @@ class BaseModel:
 def resolve_base(base: str | Path | nn.Module, policy: nn.Module | None, *, dtype: Any = "auto") -> BaseModel:
     """``base`` as a loaded model, a name or folder, or "adapter_off": ``policy``, a PeftModel, without its adapter."""
     if isinstance(base, str) and base == "adapter_off":
-        if policy is None:
-            raise ConfigError("evaluate: base='adapter_off' needs the model with its adapter, got model=None")
-        scorer = make_base(policy, "adapter_off")
+        if policy is None or not is_peft(policy):
+            got = "model=None" if policy is None else f"a {type(policy).__name__}"
+            raise ConfigError(
+                f"evaluate: base='adapter_off' needs a PeftModel as the model, got {got}; pass the base model itself"
+            )
+        scorer = BaseScorer(CausalLMScorer(policy), mode="adapter_off", frozen=policy.disable_adapter)
         return BaseModel(scorer, "adapter off", weights_fingerprint(policy), len(scorer.scorer.head.weight))
     device = None if policy is None else next(policy.parameters()).device
     if isinstance(base, nn.Module):

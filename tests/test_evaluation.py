@@ -238,7 +238,7 @@ def test_columns_are_checked_before_anything_is_sampled(tiny, tmp_path):
         ({"score_temperature": 0}, "score_temperature must be a number above 0, got 0"),
         ({"scorer": "boxxed"}, "scorer must be one of math, boxed,"),
         ({"sampler": "temprature=1"}, "temprature"),
-        ({"base": "adapter_off"}, "base='adapter_off' needs a PEFT model"),
+        ({"base": "adapter_off"}, "base='adapter_off' needs a PeftModel as the model, got a LlamaForCausalLM"),
     ],
 )
 def test_bad_arguments(tiny, tmp_path, options, message):
