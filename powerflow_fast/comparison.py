@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import __version__, comparison_data
 from .comparison_data import Page, Run
@@ -16,10 +15,9 @@ from .comparison_html import render_html
 from .comparison_markdown import render_markdown
 from .errors import DataError
 from .estimates import Measure
+from .evaluation import Evaluation
+from .evaluation_files import COMPLETIONS, RESULT, read_result
 from .report import read_history
-
-if TYPE_CHECKING:
-    from .evaluation import Evaluation
 
 __all__ = ["Comparison", "write_comparison"]
 
@@ -109,15 +107,11 @@ def _read(source: Any) -> Run:
     missing: tuple[str, ...] = ()
     if isinstance(source, (str, Path)):
         folder = Path(source)
-        fields, where = _read_json(folder / "evaluation.json"), str(folder / "evaluation.json")
-        if not isinstance(fields, dict):
-            raise DataError(f"write_comparison: {where} must hold a JSON object, got {type(fields).__name__}")
-        if not fields.get("complete", True):
-            raise DataError(f"write_comparison: {where} is unfinished; run the evaluation again to complete it")
-        if (folder / "completions.jsonl").exists():
-            fields["completions"] = _read_lines(folder / "completions.jsonl")
+        fields, where = read_result(folder), str(folder / RESULT)
+        if (folder / COMPLETIONS).exists():
+            fields["completions"] = _read_lines(folder / COMPLETIONS)
         else:
-            fields["completions"], missing = [], ("completions.jsonl",)
+            fields["completions"], missing = [], (COMPLETIONS,)
     else:
         names = ("name", "problems", "settings", "measures", "per_prompt", "pass_at_k", "completions")
         fields = {name: getattr(source, name) for name in (*names, "tokens_generated", "seconds")}
@@ -151,17 +145,6 @@ def _read(source: Any) -> Run:
 
 def _measure(value: Measure | Mapping[str, Any]) -> Measure:
     return value if isinstance(value, Measure) else Measure.from_dict(value)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"write_comparison: {path.parent} has no {path.name}; give a folder that evaluate wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"write_comparison: cannot read {path}: {error}") from None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def random_stream(*parts: Any) -> numpy.random.Generator:
 class SeededDecoder(ModelEngine):
     """Decodes with ``transformers``' generate, each token by the random number that its own sequence brings along.
 
-    Token t of a sequence is ``searchsorted(cumsum(softmax(logits / temperature)), uniforms[t])``, in fp64. So a
+    Token t of a sequence is ``searchsorted(cumsum(softmax(logits / temperature)), uniforms[t])``, to 60 bits. So a
     sequence is a function of the weights, its prompt and its numbers. The other sequences of a batch come in by the
     rounding of the logits alone, since the sizes of the matrix products and the padding are theirs too: of near ties
     in floating point, now and then one may fall the other way. Prompts that are decoded in the same batches give the
@@ -108,7 +108,7 @@ class SeededDecoder(ModelEngine):
         if positions is not None and longest > positions:
             raise ConfigError(
                 f"max_completion_length: prompt and completion may be {longest} tokens, but the model has positions "
-                f"for {positions}; use a smaller max_completion_length or shorter prompts"
+                f"for {positions}; use a smaller max_completion_length (or reply_length), or shorter prompts"
             )
         drawn: list[Draw] = [Draw([], False, [], []) for _ in prompts]
         # Of like length, so that few rows are padded and few steps are wasted; no dependence on the caller's order.
@@ -160,6 +160,10 @@ class SeededDecoder(ModelEngine):
         return draws
 
 
+# Probability 1 in the whole numbers that are summed up; the sum of a whole vocabulary fits into 64 bits.
+_ONE = 2.0**60
+
+
 class _Pick:
     """A logits processor that leaves one token of each row, and keeps what it took."""
 
@@ -176,9 +180,11 @@ class _Pick:
             proposal = torch.where(scores.isnan().any(-1), torch.nan, 0.0).double()
         else:
             proposed = logps if self.temperature == 1 else (logps / self.temperature).log_softmax(-1)
-            below = proposed.exp().cumsum(-1)
-            # A share of the last sum, which rounding leaves just off 1; ``right`` passes over tokens of probability 0.
-            thresholds = self.uniforms[:, len(self.tokens), None] * below[:, -1:]
+            # In whole numbers, whose sums are the same in whatever order a GPU adds them.
+            below = (proposed.exp() * _ONE).long().cumsum(-1)
+            total = below[:, -1:]
+            thresholds = torch.minimum((self.uniforms[:, len(self.tokens), None] * total).long(), total - 1)
+            # ``right`` passes over tokens of probability 0.
             tokens = torch.searchsorted(below, thresholds, right=True)[:, 0].clamp_max(scores.shape[-1] - 1)
             proposal = proposed.gather(-1, tokens[:, None])[:, 0]
         self.tokens.append(tokens)

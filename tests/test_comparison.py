@@ -5,7 +5,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -14,37 +14,12 @@ import pytest
 from powerflow_fast.comparison import write_comparison
 from powerflow_fast.comparison_data import choose_prompts, headline, interval, measure_rows, number
 from powerflow_fast.comparison_figures import shorten
-from powerflow_fast.errors import DataError
+from powerflow_fast.errors import DataError, PowerFlowError
 from powerflow_fast.estimates import Change, Measure, mean_interval, paired_change, pass_at_k
+from powerflow_fast.evaluation import Evaluation
 
 NAN = float("nan")
 QUESTIONS = ("How many primes lie below 40?", "What is the sum of the digits of 2^15?", "Solve 3x + 7 = 25 for x.")
-
-
-@dataclass
-class Made:
-    """The fields of an Evaluation, and its files."""
-
-    name: str
-    problems: str
-    settings: dict
-    measures: dict
-    per_prompt: dict
-    pass_at_k: dict
-    completions: list
-    tokens_generated: int
-    seconds: float
-
-    def save(self, folder: Path) -> Path:
-        folder.mkdir(parents=True)
-        nulls = {k: [None if math.isnan(v) else v for v in values] for k, values in self.per_prompt.items()}
-        fields = {**vars(self), "per_prompt": nulls}
-        fields["measures"] = {k: m.to_dict() for k, m in self.measures.items()}
-        fields["pass_at_k"] = {str(k): m.to_dict() for k, m in self.pass_at_k.items()}
-        completions = fields.pop("completions")
-        (folder / "evaluation.json").write_text(json.dumps(fields, allow_nan=False))
-        (folder / "completions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in completions))
-        return folder
 
 
 def made(name, *, skill=0.4, words=60, prompts=12, samples=8, seed=0, sampler="temperature=1", cost=1.0, **changes):
@@ -98,7 +73,7 @@ def made(name, *, skill=0.4, words=60, prompts=12, samples=8, seed=0, sampler="t
         "tokens_generated": sum(c["generated_tokens"] for c in completions),
         "seconds": 12.5,
     }
-    return Made(**{**fields, **changes})
+    return Evaluation(**{**fields, **changes})
 
 
 def without(evaluation, *keys, **changes):
@@ -381,7 +356,7 @@ def test_bad_input(tmp_path):
             write_comparison(wrong, tmp_path / "out")
     with pytest.raises(ValueError, match="samples_shown must be >= 0, got -1"):
         write_comparison([one, two], tmp_path / "out", samples_shown=-1)
-    with pytest.raises(DataError, match=r"absent has no evaluation.json"):
+    with pytest.raises(DataError, match=r"absent: holds no evaluation"):
         write_comparison([folder, tmp_path / "absent"], tmp_path / "out")
     with pytest.raises(DataError, match=r"there is no .*history.jsonl"):
         write_comparison([one, two], tmp_path / "out", histories={"a": tmp_path / "history.jsonl"})
@@ -392,11 +367,11 @@ def test_bad_input(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*completions.jsonl"):
         write_comparison([folder, two], tmp_path / "out")
     (folder / "evaluation.json").write_text('{"complete": false}')
-    with pytest.raises(DataError, match=r"evaluation.json is unfinished"):
+    with pytest.raises(DataError, match=r"evaluation.json: this evaluation was not finished"):
         write_comparison([folder, two], tmp_path / "out")
-    for text, message in (("[1", "cannot read .*evaluation.json"), ("[1]", "must hold a JSON object, got list")):
+    for text in ("[1", "[1]"):
         (folder / "evaluation.json").write_text(text)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(PowerFlowError, match=r"evaluation.json: damaged"):
             write_comparison([folder, two], tmp_path / "out")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy
 import pytest
@@ -181,6 +182,42 @@ def test_without_the_term_for_lengths_the_target_is_another(monkeypatch):
     monkeypatch.setattr(power_sampling, "log_acceptance", uncorrected)
     shares, _ = ENDING.drawn(2.0, steps=60, chains=4_000)
     assert total_variation(shares, ENDING.target(2.0)) > 0.2, "the test of the chains notices, too"
+
+
+def test_the_numbers_of_the_documentation():
+    text = " ".join((Path(__file__).parents[1] / "docs" / "sampling.md").read_text(encoding="utf-8").split())
+
+    def left(lm, alpha, moves):
+        matrix = numpy.linalg.matrix_power(transition_matrix(lm, alpha, log_acceptance), moves)
+        return total_variation(torch.from_numpy(lm.tempered(alpha).numpy() @ matrix), lm.target(alpha))
+
+    weighted = ENDING.target(2.0) * torch.from_numpy(ENDING.lengths)
+    for number, sentence in [
+        (left(FIXED, 4.0, 0), "the two are {:.2f} apart in total variation at α = 4"),
+        (left(FIXED, 2.0, 0), "and {:.2f} at α = 2."),
+        (left(FIXED, 4.0, 20), "20 moves at α = 4 leave a total variation of {:.4f}"),
+        (100 * float(ENDING.target(4.0).max()), "p^4 is {:.1f} % the one that ends at once"),
+        (left(ENDING, 4.0, 0), "({:.2f} away)"),
+        (left(ENDING, 4.0, 160), "160 moves still leave {:.2f}."),
+        (total_variation(weighted / weighted.sum(), ENDING.target(2.0)), "that is {:.2f} away at α = 2."),
+    ]:
+        assert sentence.format(number) in text
+    prompt, length, steps, ends = 11, 64, 10, block_ends(64, 16)
+    generated = length + steps * sum((end + 1) / 2 for end in ends)
+    prefilled = sum(prompt + start for start in [0, *ends[:-1]]) + steps * sum(prompt + (e - 1) / 2 for e in ends)
+    assert f"{generated:.0f} tokens generated and {prefilled:.0f} prefilled" in text
+    scored = steps * sum(prompt + end for end in ends)
+    assert f"Scoring its {steps * len(ends)} proposals would add {scored} tokens" in text
+
+
+def test_a_completion_that_never_ends_costs_what_the_documentation_says():
+    model = tiny_model(spread=0.3)
+    own = sampler(model, tiny_tokenizer(), max_completion_length=8, blocks=4, steps=5, eos_ids=[])
+    own.sample([PromptRow("abc")], num_samples=150, seed=0)
+    ends, each = own.ends, own.decoder.prefilled_tokens / 150
+    assert own.statistics["generated_tokens"] / 150 == pytest.approx(8 + 5 * sum((e + 1) / 2 for e in ends), rel=0.02)
+    prefilled = sum(3 + start for start in [0, *ends[:-1]]) + 5 * sum(3 + (e - 1) / 2 for e in ends)
+    assert each == pytest.approx(prefilled, rel=0.02)
 
 
 def test_every_proposed_token_is_counted():
