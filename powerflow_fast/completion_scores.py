@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +91,6 @@ def fill_likelihoods(
     batch_size: int,
     use_chat_template: bool | Literal["auto"] = "auto",
     system_prompt: str | None = None,
-    on_batch: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Give each record its "logp" (nats, all tokens of the completion), its "entropy" (mean over the tokens, nats; None
     without tokens), and its "base_logp" where there is a base, all of softmax(logits / temperature).
@@ -133,6 +132,5 @@ def fill_likelihoods(
                 record.update({name: values[k] for name, values in found.items()})
                 if not record["ids"]:
                     record["entropy"] = None
-            on_batch(part[-1] + 1)
     finally:
         store.save()
