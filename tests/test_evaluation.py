@@ -270,6 +270,28 @@ def test_a_real_sampler_leaves_the_model_and_the_random_states_alone(tiny):
     assert evaluate(model, PROBLEMS, **options, seed=1, measures=["length"]).completions != result.completions
 
 
+def test_a_resumed_run_draws_the_same_tokens(tiny, tmp_path):
+    model, tokenizer = tiny
+
+    class Stopping(TemperatureSampler):
+        left = 1
+
+        def sample(self, rows, **options):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().sample(rows, **options)
+
+    options = {"tokenizer": tokenizer, "num_samples": 2, "scorer": None, "measures": ["length"], "batch_size": 4}
+    whole = evaluate(model, PROBLEMS, max_completion_length=6, **options)
+    stopping = Stopping(model, tokenizer, max_completion_length=6, batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, PROBLEMS, sampler=stopping, output_dir=tmp_path, **options)
+    assert len(lines(tmp_path)) == 4
+    resumed = evaluate(model, PROBLEMS, max_completion_length=6, output_dir=tmp_path, **options)
+    assert [r["ids"] for r in resumed.completions] == [r["ids"] for r in whole.completions]
+
+
 def direct_log_probs(model, tokenizer, record, temperature):
     """Sums over the completion of log p and of the entropy, in fp64 from the model's own logits."""
     prompt = encode_prompt(powerflow_fast.data.PromptRow(record["prompt"]), tokenizer)
