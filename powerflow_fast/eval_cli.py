@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
     add("--batch-size", type=int, metavar="N", help="sequences at once [32]")
     add("--limit", type=int, metavar="N", help="at most so many problems, always the same ones [all]")
     add("--seed", type=int, help="of the sampling [0]")
-    add("--scorer", help="math, boxed, exact, choice, reasoning_gym, none, or FILE.py:FUNCTION [auto]")
+    add("--scorer", help="math, boxed, number, exact, choice, reasoning_gym, none, or FILE.py:FUNCTION [auto]")
     add(
         "--measures", nargs="+", metavar="GROUP", help="accuracy length lexical semantic judge likelihood [first three]"
     )

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -132,6 +134,53 @@ def test_usage_errors_are_one_line(calls, capsys, words, message):
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("powerflow-fast: error: ") and err.count("\n") == 1
     assert message in err and not calls
+
+
+@pytest.fixture
+def endpoint():
+    """A server of chat completions that refuses all requests after ``state["left"]`` of them."""
+    state, lock = {"left": 4, "served": 0}, threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            with lock:
+                state["left"] -= 1
+                down = state["left"] < 0
+                state["served"] += not down
+            text = "GROUPS: [[1], [2]]" if "GROUPS" in body else "SCORE: 7"
+            reply = {"error": "closed"} if down else {"choices": [{"message": {"role": "assistant", "content": text}}]}
+            self.send_response(403 if down else 200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", state
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judge_that_goes_down_is_asked_for_the_rest_only(endpoint, tmp_path, capsys):
+    url, state = endpoint
+    (tmp_path / "problems.txt").write_text("Write a line.\nWrite a joke.\nWrite a poem.\n")
+    made = [{"problem": k, "completions": [f"one {k}", f"two {k}"]} for k in range(3)]
+    (tmp_path / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    words = ["eval", "--problems", str(tmp_path / "problems.txt"), "--completions", str(tmp_path / "made.jsonl")]
+    words += ["--measures", "judge", "--judge-url", url, "--judge-model", "j", "--output-dir", str(tmp_path / "out")]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "All completions are in" in err and "judge.jsonl" in err and err.count("\n") == 1
+    assert len((tmp_path / "out" / "completions.jsonl").read_text().splitlines()) == 6
+    state["left"] = 99
+    assert main(words) == 0
+    assert state["served"] == 6 + 3  # each completion's grade and each problem's strategies, once
+    rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert (rows["quality"], rows["strategies"]) == ("7.000", "2.000")
 
 
 def test_evaluating_and_comparing_for_real(tmp_path, capsys):
