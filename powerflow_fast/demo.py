@@ -21,13 +21,15 @@ from torch import nn
 from .config import PowerFlowConfig
 from .data import PromptRow, encode_prompt
 from .demo_prompts import DemoPrompt, demo_prompts, reasoning_score
+from .diversity import distinct_n
+from .estimates import Change, paired_change
 from .models import CausalLMScorer, load_model
 from .packing import pad_batch, segment_sum
-from .report import Sample, distinct_n, format_samples, format_table, write_samples
+from .report import Sample, format_samples, format_table, write_samples
 from .rollout import HFGenerateEngine
 from .smollm2 import smollm2_model
 
-__all__ = ["Change", "Drawn", "compare", "demo_config", "draw", "main", "per_prompt", "run_demo", "verdict"]
+__all__ = ["Drawn", "demo_config", "draw", "main", "per_prompt", "run_demo", "verdict"]
 
 STEPS = 12
 HELD_OUT_SAMPLES = 3  # completions of each held-out prompt
@@ -152,40 +154,6 @@ def per_prompt(drawn: Drawn, prompts: Sequence[DemoPrompt], *, alpha: float) -> 
     return measures
 
 
-@dataclass(frozen=True)
-class Change:
-    """A measure before and after training, paired by prompt, with a 95 % bootstrap interval of the difference."""
-
-    before: float
-    after: float
-    change: float
-    low: float
-    high: float
-    prompts: int
-
-    @property
-    def moved(self) -> bool:
-        """The interval excludes no change."""
-        return self.low > 0 or self.high < 0
-
-
-def compare(before: Sequence[float], after: Sequence[float], *, resamples: int = 10_000) -> Change:
-    """Means over the prompts that have both values; whole prompts are resampled, since completions of one are alike.
-
-    The interval is NaN with fewer than two prompts.
-    """
-    pairs = numpy.array([pair for pair in zip(before, after, strict=True) if not any(map(math.isnan, pair))])
-    if not len(pairs):
-        return Change(*[math.nan] * 5, 0)
-    difference = pairs[:, 1] - pairs[:, 0]
-    low = high = math.nan
-    if len(pairs) > 1:
-        drawn = numpy.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
-        low, high = numpy.quantile(difference[drawn].mean(1), [0.025, 0.975])
-    values = (pairs[:, 0].mean(), pairs[:, 1].mean(), difference.mean(), low, high)
-    return Change(*map(float, values), len(pairs))
-
-
 def verdict(entropy: Change, alpha: float) -> str:
     """One sentence: which way the token entropy moved, judged by its interval, and whether alpha asks for that."""
     numbers = f"from {entropy.before:.2f} to {entropy.after:.2f} nats"
@@ -244,7 +212,7 @@ def run_demo(
     for checkpoint in run.glob("checkpoint-*"):  # optimiser state, three times the model's size: nothing will resume
         shutil.rmtree(checkpoint)
     old, new = (per_prompt(drawn, held_out, alpha=alpha) for drawn in (before, after))
-    changes = {name: compare(old[name], new[name]) for name in old}
+    changes = {name: paired_change(old[name], new[name]) for name in old}
     samples = [[Sample(held_out[i // d.k].text, text) for i, text in enumerate(d.texts)] for d in (before, after)]
     write_samples(run / "samples.md", *samples)
     report = {

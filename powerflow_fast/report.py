@@ -23,7 +23,6 @@ __all__ = [
     "HistoryWriter",
     "ProgressLine",
     "Sample",
-    "distinct_n",
     "format_samples",
     "format_table",
     "read_history",
@@ -171,12 +170,6 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
             if k < len(lines) - 1:
                 raise
     return rows
-
-
-def distinct_n(sequences: Sequence[Sequence[Any]], n: int) -> float:
-    """Share of distinct ones among all n-grams of ``sequences``, counted together; NaN when there are none."""
-    grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:

@@ -12,9 +12,10 @@ import transformers as tf
 from tiny import BOS, EOS, PAD, VOCAB, one_thread, tiny_tokenizer  # noqa: F401
 
 from powerflow_fast import cli, demo, smollm2
-from powerflow_fast.demo import Change, Drawn, compare, demo_config, fresh_dir, other_moves, per_prompt, verdict
+from powerflow_fast.demo import Drawn, demo_config, fresh_dir, other_moves, per_prompt, verdict
 from powerflow_fast.demo_prompts import DemoPrompt, creative_prompts, demo_prompts, reasoning_prompts, reasoning_score
 from powerflow_fast.errors import ConfigError, ModelError
+from powerflow_fast.estimates import Change
 
 # Prompts
 
@@ -206,29 +207,6 @@ def test_measures_of_written_completions():
         assert name.startswith(short)
         assert values == pytest.approx(want, nan_ok=True), name
     assert "arithmetic" not in " ".join(per_prompt(drawn, [DemoPrompt("a"), DemoPrompt("b")], alpha=0.5))
-
-
-def test_compare_pairs_prompts():
-    # The prompts differ by far more than the change: only a paired interval can see it.
-    before = [1.0, 5.0, 9.0, math.nan, 2.0]
-    after = [0.5, 4.4, 8.6, 1.0, 1.5]
-    change = compare(before, after)
-    assert (change.before, change.after, change.prompts) == (pytest.approx(4.25), pytest.approx(3.75), 4)
-    assert change.change == pytest.approx(-0.5)
-    assert -0.6 <= change.low < -0.5 < change.high <= -0.4
-    assert change.moved
-    assert change == compare(before, after), "the resampling must repeat"
-    assert not compare([1.0, 2.0, 3.0], [1.5, 1.5, 3.1]).moved
-    one = compare([1.0, math.nan], [2.0, 1.0])
-    assert (one.change, one.prompts, one.moved) == (1.0, 1, False) and math.isnan(one.low)
-    assert compare([math.nan], [1.0]).prompts == 0
-
-
-def test_interval_covers_the_true_change():
-    torch.manual_seed(0)
-    cases = torch.randn(300, 12) * 0.5 + 0.3
-    inside = [c.low <= 0.3 <= c.high for c in (compare([0.0] * 12, row, resamples=500) for row in cases.tolist())]
-    assert 0.86 < sum(inside) / len(inside) < 0.98
 
 
 @pytest.mark.parametrize(

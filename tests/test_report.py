@@ -12,7 +12,6 @@ from powerflow_fast.report import (
     HistoryWriter,
     ProgressLine,
     Sample,
-    distinct_n,
     format_samples,
     format_table,
     read_history,
@@ -120,13 +119,6 @@ def test_history_drops_steps_that_will_be_done_again(tmp_path):
     path.write_text('{"step"\n{"step": 1}\n')
     with pytest.raises(json.JSONDecodeError):
         read_history(path)
-
-
-def test_distinct_n():
-    assert distinct_n([[1, 2, 1, 2], [1, 2]], 1) == 2 / 6
-    assert distinct_n([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4
-    assert distinct_n([["a", "b", "c"]], 3) == 1.0
-    assert math.isnan(distinct_n([[1], []], 2))
 
 
 def test_format_table():

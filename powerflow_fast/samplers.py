@@ -1,0 +1,185 @@
+"""What an evaluation draws completions with: one interface over temperature, power and verbalized sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import nn
+
+from .config import suggest
+from .data import PromptRow, encode_prompt
+from .errors import ConfigError
+from .rollout import RolloutEngine
+from .seeded_decoding import Completion, SeededDecoder, random_stream, stream_seed
+
+__all__ = ["Completion", "Sampler", "TemperatureSampler", "resolve_sampler"]
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws completions of prompts.
+
+    What is drawn for a row depends on the seed, the row's prompt, the weights and ``settings``, and not on which other
+    rows are in the call. Rows with the same prompt get the same completions.
+    """
+
+    name: str
+    """As tables show it: ``temperature 1``, ``power sampling α=4``."""
+    settings: dict[str, Any]
+    """All that the draws depend on beside weights, prompts and seed; JSON-able."""
+
+    def sample(self, rows: Sequence[PromptRow], *, num_samples: int, seed: int) -> list[list[Completion]]:
+        """``num_samples`` completions of each row."""
+        ...
+
+
+class TemperatureSampler:
+    """Draws each token from softmax(logits / temperature) over the whole vocabulary.
+
+    Below 1 this is not p^(1/temperature) of whole completions: every token is sharpened by itself, whatever it leads
+    to. ``temperature=0`` takes the most likely token each time, so that all completions of a row are equal.
+
+    Without an engine, a completion depends on its own random numbers, and on the others of its batch by the rounding of
+    the logits alone (:class:`~powerflow_fast.seeded_decoding.SeededDecoder`); sample j of a row is the same whatever
+    ``num_samples`` is. An engine is called once for each row, with a seed made of ``seed`` and the row's prompt: to the
+    bit, if it keeps the promise of :class:`RolloutEngine`, with batches no larger than ``num_samples``.
+
+    Args:
+        temperature: >= 0.
+        max_completion_length: most tokens of a completion, end-of-sequence token included.
+        batch_size: sequences decoded at once; without an engine.
+        engine: draws in the place of the model, from the weights that its last ``sync`` gave it. Its ``temperature``,
+            where it tells one, must be ``temperature``.
+        use_chat_template, system_prompt: as in :func:`powerflow_fast.data.encode_prompt`.
+        eos_ids, autocast: as in :class:`powerflow_fast.rollout.HFGenerateEngine`.
+
+    Raises:
+        ConfigError: an argument out of range, or one that the engine contradicts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        temperature: float = 1.0,
+        max_completion_length: int = 1024,
+        batch_size: int = 32,
+        engine: RolloutEngine | None = None,
+        use_chat_template: bool | Literal["auto"] = "auto",
+        system_prompt: str | None = None,
+        eos_ids: Sequence[int] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        check_number("TemperatureSampler", "temperature", temperature, least=0)
+        check_number("TemperatureSampler", "max_completion_length", max_completion_length, least=1, whole=True)
+        check_number("TemperatureSampler", "batch_size", batch_size, least=1, whole=True)
+        if engine is not None:
+            own = getattr(engine, "temperature", temperature)
+            if temperature == 0:
+                raise ConfigError("TemperatureSampler: temperature=0 needs engine=None; an engine draws at random")
+            if own != temperature:
+                raise ConfigError(f"TemperatureSampler: temperature is {temperature:g}, but the engine's is {own:g}")
+        self.tokenizer, self.engine = tokenizer, engine
+        self.decoder = SeededDecoder(
+            model,
+            tokenizer,
+            temperature=float(temperature),
+            max_completion_length=max_completion_length,
+            batch_size=batch_size,
+            eos_ids=eos_ids,
+            autocast=autocast,
+        )
+        self.name = f"temperature {temperature:g}" if temperature else "greedy"
+        self._prompt_options = {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
+        self.settings: dict[str, Any] = {
+            "sampler": "temperature",
+            "temperature": float(temperature),
+            "max_completion_length": max_completion_length,
+            "engine": "seeded" if engine is None else engine.name,
+            "eos_ids": list(self.decoder.eos_ids if engine is None else getattr(engine, "eos_ids", [])),
+            **self._prompt_options,
+        }
+
+    def sample(self, rows: Sequence[PromptRow], *, num_samples: int, seed: int) -> list[list[Completion]]:
+        """See :meth:`Sampler.sample`. The cost of a completion is its own tokens; of greedy ones the first bears it."""
+        check_number("sample", "num_samples", num_samples, least=1, whole=True)
+        prompts = [encode_prompt(row, self.tokenizer, **self._prompt_options) for row in rows]
+        if self.engine is not None:
+            return [self._by_engine(self.engine, prompt, num_samples, seed) for prompt in prompts]
+        copies = num_samples if self.settings["temperature"] else 1
+        limit = self.decoder.max_completion_length
+        draws = self.decoder.draw(
+            [prompt for prompt in prompts for _ in range(copies)],
+            [random_stream(seed, prompt, j).random(limit) for prompt in prompts for j in range(copies)],
+        )
+        completions = [self._completion(d.ids, d.finished, len(d.ids)) for d in draws]
+        groups = [completions[i * copies : (i + 1) * copies] for i in range(len(rows))]
+        if copies == num_samples:
+            return groups
+        return [[one] + [self._completion(one.ids, one.finished, 0)] * (num_samples - 1) for [one] in groups]
+
+    def _by_engine(self, engine: RolloutEngine, prompt: list[int], num_samples: int, seed: int) -> list[Completion]:
+        rollout = engine.generate(
+            [prompt] * num_samples,
+            seed=stream_seed(seed, prompt) % 2**31,  # engines hand it to libraries that take no more
+            max_completion_length=self.settings["max_completion_length"],
+        )
+        pairs = zip(rollout.completion_ids, rollout.finished, strict=True)
+        return [self._completion(ids, finished, len(ids)) for ids, finished in pairs]
+
+    def _completion(self, ids: list[int], finished: bool, generated: int) -> Completion:
+        return Completion(self.tokenizer.decode(ids, skip_special_tokens=True), ids, finished, generated)
+
+
+def check_number(where: str, name: str, value: Any, *, least: float, whole: bool = False) -> None:
+    """ConfigError unless ``value`` is a finite number, not a bool, of at least ``least``, and whole if so asked."""
+    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not right or not math.isfinite(value) or value < least:
+        raise ConfigError(f"{where}: {name} must be {'an integer' if whole else 'a number'} >= {least}, got {value!r}")
+
+
+# The words that a sampler's text may begin with, and the type of each option that may follow.
+SAMPLERS: dict[str, tuple[type, dict[str, type]]] = {
+    "temperature": (TemperatureSampler, {"temperature": float}),
+}
+
+
+def resolve_sampler(sampler: str | Sampler, model: nn.Module, tokenizer: Any, **common: Any) -> Sampler:
+    """The sampler that a text names, or ``sampler`` itself where it already is one.
+
+    ``"temperature=0.5"``, ``"temperature"`` (1), ``"temperature=0"`` or ``"greedy"``. ``common`` are arguments of every
+    sampler, such as ``max_completion_length`` and ``batch_size``. ConfigError names what is unknown or unreadable.
+    """
+    if not isinstance(sampler, str):
+        if not isinstance(sampler, Sampler):
+            raise ConfigError(
+                f"sampler must be a text such as 'temperature=1', or have name, settings and sample(), got {sampler!r}"
+            )
+        return sampler
+    text = "temperature=0" if sampler.strip() == "greedy" else sampler.strip()
+    if text.startswith("temperature="):
+        text = f"temperature:{text}"
+    word, _, rest = text.partition(":")
+    if word not in SAMPLERS:
+        names = (*SAMPLERS, "greedy")
+        raise ConfigError(f"sampler {sampler!r}: unknown name {word!r}, known are {list(names)}{suggest(word, names)}")
+    kind, known = SAMPLERS[word]
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        name, equals, value = (p.strip() for p in part.partition("="))
+        if name not in known:
+            raise ConfigError(
+                f"sampler {sampler!r}: unknown option {name!r}, {word} has {list(known)}{suggest(name, known)}"
+            )
+        if not equals or name in options:
+            raise ConfigError(f"sampler {sampler!r}: option {name!r} must be given once, as {name}=value")
+        try:
+            options[name] = known[name](value)
+        except ValueError:
+            what = "an integer" if known[name] is int else "a number"
+            raise ConfigError(f"sampler {sampler!r}: {name} must be {what}, got {value!r}") from None
+    return kind(model, tokenizer, **options, **common)
