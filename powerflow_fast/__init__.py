@@ -41,9 +41,11 @@ from .patching import patch_causal_lm  # noqa: E402
 from .trajectories import ObjectiveOutput, Trajectories  # noqa: E402
 
 if TYPE_CHECKING:
+    from .evaluation import Evaluation, evaluate
     from .trainer import StepReport, TrainResult, train
 
 __all__ = [
+    "Evaluation",
     "LATBOutput",
     "LogZHead",
     "LogprobStats",
@@ -52,6 +54,7 @@ __all__ = [
     "StepReport",
     "TrainResult",
     "Trajectories",
+    "evaluate",
     "group_log_z",
     "la_tb_loss",
     "linear_la_tb_loss",
@@ -64,10 +67,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the trainer when it is first asked for: who wants the kernels only should not wait for it."""
-    if name in ("StepReport", "TrainResult", "train"):
-        from . import trainer
+# Imported when they are first asked for: who wants the kernels only should not wait for transformers.
+_LAZY = {
+    "Evaluation": "evaluation",
+    "StepReport": "trainer",
+    "TrainResult": "trainer",
+    "evaluate": "evaluation",
+    "train": "trainer",
+}
 
-        return getattr(trainer, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

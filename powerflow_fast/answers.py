@@ -19,6 +19,7 @@ __all__ = [
     "EQUIVALENCES",
     "cluster_answers",
     "extract_answer",
+    "math_verify_library",
     "normalized_answer",
     "resolve_equivalence",
     "same_answer",
@@ -90,7 +91,7 @@ def same_answer_math(answer: str, other: str) -> bool:
     """
     if same_answer(answer, other):
         return True
-    library = _math_verify()
+    library = math_verify_library()
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError(
             "answer_equivalence='math_verify' works in the main thread only: its time limit is a signal; use "
@@ -104,10 +105,11 @@ def same_answer_math(answer: str, other: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(answer: str) -> list[Any]:
-    return _math_verify().parse(rf"\boxed{{{answer}}}")
+    return math_verify_library().parse(rf"\boxed{{{answer}}}")
 
 
-def _math_verify() -> Any:
+def math_verify_library() -> Any:
+    """The module ``math_verify``; ConfigError where it is not installed."""
     try:
         import math_verify
         import math_verify.errors
@@ -133,7 +135,7 @@ def resolve_equivalence(answer_equivalence: str | Equivalence) -> Equivalence:
                 f"{suggest(answer_equivalence, EQUIVALENCES)}"
             )
         if answer_equivalence == "math_verify":
-            _math_verify()
+            math_verify_library()
         return EQUIVALENCES[answer_equivalence]
     if not callable(answer_equivalence):
         raise ConfigError(f"answer_equivalence must be a function or a name, got {type(answer_equivalence).__name__}")

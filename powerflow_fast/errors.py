@@ -5,18 +5,22 @@ A message names the argument or file, what was expected, what was found, and wha
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
     "ConfigError",
     "DataError",
     "DeviceMemoryError",
+    "JudgeError",
     "ModelError",
     "NonFiniteLossError",
     "OutputDirError",
     "PowerFlowError",
     "RolloutError",
     "RunStopped",
+    "ScorerError",
     "SelfCheckError",
 ]
 
@@ -47,6 +51,21 @@ class BackendUnavailableError(PowerFlowError, RuntimeError):
 
 class RolloutError(PowerFlowError, RuntimeError):
     """A sampling engine failed, is missing, or samples from other weights than it was told to; the cause is named."""
+
+
+class ScorerError(PowerFlowError, RuntimeError):
+    """A scorer raised, or returned no number; the message names it, the problem and the completion.
+
+    ``completions`` holds what :func:`evaluate` had sampled, to be passed to it again with ``completions=``.
+    """
+
+    def __init__(self, message: str, *, completions: list[dict[str, Any]] | None = None):
+        super().__init__(message)
+        self.completions = completions or []
+
+
+class JudgeError(PowerFlowError, RuntimeError):
+    """The endpoint of a judge failed; the message says what is done and where, and a second call goes on from there."""
 
 
 class CheckpointError(PowerFlowError, RuntimeError):

@@ -1,0 +1,136 @@
+"""What is filled into the completions of an evaluation: their answers and scores, and their log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .data import PromptRow, encode_prompt
+from .errors import ConfigError, ScorerError
+from .evaluation_files import CompletionStore, weights_digest
+from .heads import evaluating
+from .models import BaseScorer, CausalLMScorer, load_model, make_base, pad_token_id, weights_fingerprint
+from .packing import pad_batch, segment_sum
+from .samples import runs
+from .scorers import NamedScorer
+
+__all__ = ["BaseModel", "fill_likelihoods", "fill_scores", "resolve_base"]
+
+
+def fill_scores(store: CompletionStore, rows: Sequence[PromptRow], scorer: NamedScorer) -> None:
+    """Give each record its "score" and "answer".
+
+    ScorerError names the problem, the sample, and where all that was sampled is to be found.
+    """
+    try:
+        for record in store.records:
+            row = rows[record["problem"]]
+            try:
+                record["score"] = scorer(row.prompt, record["completion"], **row.extra)
+                if scorer.read_answer is not None:
+                    record["answer"] = scorer.read_answer(record["completion"])
+            except Exception as error:  # a ScorerError, or whatever a user's read_answer raises
+                message = str(error) if isinstance(error, ScorerError) else f"{type(error).__name__}: {error}"
+                kept = (
+                    "the completions are in this error's `completions`: pass them as completions="
+                    if store.folder is None
+                    else f"the {len(store.records)} completions are in {store.place}: call again with this output_dir"
+                )
+                raise ScorerError(
+                    f"{message}; at problem {record['problem']} ({row.where}), sample {record['sample']}. Nothing is "
+                    f"lost: {kept}, and they are scored without sampling again",
+                    completions=store.records,
+                ) from error
+    finally:
+        store.save()
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model that completions are compared under: its scorer, and what tells it from another."""
+
+    scorer: BaseScorer
+    name: str
+    fingerprint: str
+    rows: int
+    """Size of its vocabulary."""
+
+
+def resolve_base(base: str | Path | nn.Module, policy: nn.Module | None, *, dtype: Any = "auto") -> BaseModel:
+    """``base`` as a loaded model, a name or folder, or "adapter_off": ``policy``, a PeftModel, without its adapter."""
+    if isinstance(base, str) and base == "adapter_off":
+        if policy is None:
+            raise ConfigError("evaluate: base='adapter_off' needs the model with its adapter, got model=None")
+        scorer = make_base(policy, "adapter_off")
+        return BaseModel(scorer, "adapter off", weights_fingerprint(policy), len(scorer.scorer.head.weight))
+    device = None if policy is None else next(policy.parameters()).device
+    if isinstance(base, nn.Module):
+        name, model = getattr(base, "name_or_path", "") or type(base).__name__, base
+    else:
+        loaded = load_model(base, dtype=dtype, device=device)
+        name, model = loaded.name, loaded.model
+    scorer = BaseScorer(CausalLMScorer(model), mode="copy")
+    return BaseModel(scorer, Path(name).name, weights_digest(model), len(scorer.scorer.head.weight))
+
+
+def fill_likelihoods(
+    store: CompletionStore,
+    rows: Sequence[PromptRow],
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    base: BaseModel | None,
+    temperature: float,
+    batch_size: int,
+    use_chat_template: bool | Literal["auto"] = "auto",
+    system_prompt: str | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Give each record its "logp" (nats, all tokens of the completion), its "entropy" (mean over the tokens, nats; None
+    without tokens), and its "base_logp" where there is a base, all of softmax(logits / temperature).
+
+    Records that have them are passed over. What is done when something fails is kept.
+    """
+    todo = [r for r in store.records if r.get("logp") is None or (base is not None and r.get("base_logp") is None)]
+    if not todo:
+        return
+    if missing := [r for r in todo if r.get("ids") is None]:
+        raise ConfigError(
+            f"evaluate: measures of log-probs need token ids; the completion {missing[0]['sample']} of problem "
+            f"{missing[0]['problem']} has none: pass tokenizer="
+        )
+    largest = max((max(r["ids"], default=0) for r in todo), default=0)
+    if base is not None and largest >= base.rows:
+        raise ConfigError(
+            f"evaluate: base {base.name!r} must share the model's vocabulary; token {largest} is beyond its {base.rows}"
+        )
+    scorer = CausalLMScorer(model)
+    device, pad = scorer.head.weight.device, pad_token_id(tokenizer, model)
+    options = {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
+    prompts = {i: encode_prompt(rows[i], tokenizer, **options) for i in sorted({r["problem"] for r in todo})}
+    # Alike lengths waste little padding, and the longest come first: where memory does not do, it shows at once.
+    todo.sort(key=lambda r: len(prompts[r["problem"]]) + len(r["ids"]), reverse=True)
+    try:
+        for part in runs(len(todo), batch_size):
+            records = [todo[i] for i in part]
+            batch = pad_batch([prompts[r["problem"]] for r in records], [r["ids"] for r in records], pad).to(device)
+            with torch.no_grad(), evaluating(model):
+                out = scorer(batch, temperature=temperature, need_stats=True)
+            lengths = batch.completion_lengths
+            entropy = segment_sum(out.stats.entropy, out.cu_seqlens) / lengths
+            found = {"logp": segment_sum(out.logps, out.cu_seqlens).tolist(), "entropy": entropy.tolist()}
+            if base is not None:
+                logps = base.scorer.score(batch, temperature=temperature)
+                found["base_logp"] = segment_sum(logps, batch.cu_seqlens).tolist()
+            for k, record in enumerate(records):
+                record.update({name: values[k] for name, values in found.items()})
+                if not record["ids"]:
+                    record["entropy"] = None
+            on_batch(part[-1] + 1)
+    finally:
+        store.save()

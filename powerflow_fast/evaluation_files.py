@@ -1,0 +1,306 @@
+"""The files of an evaluation: completions as they are sampled, line by line, and the result beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .data import PromptRow
+from .errors import DataError, OutputDirError
+from .heads import unwrap_peft
+
+__all__ = [
+    "COMPLETIONS",
+    "RESULT",
+    "CompletionStore",
+    "finite_or_none",
+    "read_completions",
+    "read_result",
+    "weights_digest",
+    "write_result",
+]
+
+RESULT = "evaluation.json"
+COMPLETIONS = "completions.jsonl"
+# What the completions depend on: an evaluation goes on only where all of these are as they were.
+SAMPLING = (
+    "weights",
+    "problems_fingerprint",
+    "sampler",
+    "sampler_settings",
+    "num_samples",
+    "seed",
+)
+
+
+class CompletionStore:
+    """The completions of one evaluation: ``records`` in memory, and in ``folder`` where there is one.
+
+    On disk a record is a line of ``completions.jsonl``. Lines are appended as problems are sampled, each flushed to the
+    disk; :meth:`save` writes the file anew, in a hidden file that takes its place. ``evaluation.json`` has the settings
+    from the start, so that another evaluation does not go on with these completions.
+
+    Raises:
+        OutputDirError: ``folder`` cannot be written, or holds completions of other settings; what differs is named.
+    """
+
+    def __init__(self, folder: str | Path | None):
+        self.folder = None if folder is None else Path(folder)
+        self.records: list[dict[str, Any]] = []
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Go on with what is in ``folder``, or claim it. Log-probs of other settings than these are dropped.
+
+        Of a base that is not asked for now, log-probs are kept, and ``settings`` goes on to name it.
+        """
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / RESULT).exists():
+                earlier = _json(self.folder / RESULT).get("settings", {})
+                self._require_same(earlier, settings)
+                self.records = self._read()
+                self._drop_log_probs(earlier, settings)
+            elif (self.folder / COMPLETIONS).exists():
+                raise OutputDirError(
+                    f"output_dir {self.folder} holds a {COMPLETIONS} without {RESULT}, which no evaluation put there; "
+                    "choose another output_dir"
+                )
+            write_result(self.folder, {"complete": False, "settings": settings})
+            self.save()
+        except OutputDirError:
+            raise
+        except OSError as error:
+            raise OutputDirError(f"output_dir {self.folder} cannot be used: {error.strerror or error}") from error
+
+    def _drop_log_probs(self, earlier: Mapping[str, Any], settings: dict[str, Any]) -> None:
+        stale: tuple[str, ...] = ()
+        if earlier.get("score_temperature") != settings["score_temperature"]:
+            stale = ("logp", "entropy", "base_logp")
+        elif settings["base_weights"] is None:
+            settings |= {key: earlier.get(key) for key in ("base", "base_weights")}
+        elif earlier.get("base_weights") != settings["base_weights"]:
+            stale = ("base_logp",)
+        for record in self.records:
+            record.update(dict.fromkeys(stale))
+
+    @property
+    def place(self) -> str:
+        """Where the records are, for messages."""
+        return "memory only (no output_dir)" if self.folder is None else str(self.folder / COMPLETIONS)
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append ``records``, to the file in one write."""
+        self.records += records
+        if self.folder is None:
+            return
+        with open(self.folder / COMPLETIONS, "a", encoding="utf-8") as file:
+            file.write("".join(map(_line, records)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self) -> None:
+        """Bring what was filled into the records to the disk, in the order of problems and samples."""
+        self.records.sort(key=lambda r: (r["problem"], r["sample"]))
+        if self.folder is None:
+            return
+        temporary = self.folder / f".{COMPLETIONS}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(map(_line, self.records))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / COMPLETIONS)
+
+    def _require_same(self, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        differences = [
+            f"{name} was {_short(old)}, now {_short(new)}"
+            for key in SAMPLING
+            for name, old, new in _differences(key, earlier.get(key), settings.get(key))
+        ]
+        if differences:
+            raise OutputDirError(
+                f"output_dir {self.folder} holds an evaluation with other settings: {'; '.join(differences)}. Choose "
+                "another output_dir, or give the same settings to go on with it"
+            )
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The file's records; a last line cut short by a kill is left out."""
+        path = self.folder / COMPLETIONS
+        if not path.exists():
+            return []
+        lines = path.read_bytes().split(b"\n")
+        records: dict[tuple[int, int], dict[str, Any]] = {}
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                records[record["problem"], record["sample"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                if number < len(lines):  # the last line of a whole file is empty
+                    raise OutputDirError(
+                        f"{path}:{number}: not a line of an evaluation ({type(error).__name__}: {error}); repair or "
+                        "remove it, its problem is then sampled again"
+                    ) from error
+        return list(records.values())
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write ``evaluation.json``, whole or not at all; NaN becomes null."""
+    temporary = folder / f".{RESULT}.tmp"
+    text = json.dumps(finite_or_none(result), indent=1, ensure_ascii=False, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, folder / RESULT)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """``evaluation.json`` of a finished evaluation.
+
+    DataError where there is none, or it has not been finished.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        raise DataError(f"{folder}: holds no evaluation, {RESULT} is missing")
+    result = _json(path)
+    if not result.get("complete"):
+        raise DataError(f"{path}: this evaluation was not finished; call it again with the same output_dir")
+    return result
+
+
+def read_completions(
+    source: str | Path | Sequence[Mapping[str, Any]], rows: Sequence[PromptRow], *, tokenizer: Any = None
+) -> list[dict[str, Any]]:
+    """Completions that were made elsewhere, as records of a :class:`CompletionStore`.
+
+    ``source`` is a .jsonl file, or a list of its rows. A row has its problem as "problem" (index into ``rows``) or as
+    "prompt" (text or messages, as in ``rows``), and its text as "completion", or several as a list "completions".
+    "finished" (default true), "ids" (token ids) and "tokens" (their number) are taken where given; else ``tokenizer``
+    makes ids of the text, and without one there are none.
+
+    Raises:
+        DataError: a row without problem or completion, an unknown problem, or problems with different numbers of
+            completions; the line is named.
+    """
+    name = f"{source}" if isinstance(source, (str, Path)) else "completions"
+    lines = list(_rows(source))
+    places = {_key(row.prompt): i for i, row in enumerate(rows)}
+    groups: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(rows))}
+    for where, line in lines:
+        if not isinstance(line, Mapping):
+            raise DataError(f"{where}: must be an object, got {type(line).__name__}")
+        problem = line.get("problem", places.get(_key(line.get("prompt"))))
+        if isinstance(problem, bool) or not isinstance(problem, int) or problem not in groups:
+            shown = f"'problem' {line['problem']!r}" if "problem" in line else f"'prompt' {line.get('prompt')!r:.60}"
+            raise DataError(f"{where}: {shown} is none of the {len(rows)} problems")
+        texts = line["completions"] if "completions" in line else [line.get("completion")]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{where}: needs a text 'completion' or a list of texts 'completions'")
+        for text in texts:
+            ids = line.get("ids") if len(texts) == 1 else None
+            if ids is None and tokenizer is not None:
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens = line.get("tokens") if len(texts) == 1 and "tokens" in line else None if ids is None else len(ids)
+            groups[problem].append(
+                {
+                    "problem": problem,
+                    "sample": len(groups[problem]),
+                    "prompt": rows[problem].prompt,
+                    "completion": text,
+                    "tokens": tokens,
+                    "generated_tokens": line.get("generated_tokens", tokens or 0),
+                    "finished": bool(line.get("finished", True)),
+                    "ids": ids,
+                }
+            )
+    sizes = {i: len(group) for i, group in groups.items()}
+    most = max(sizes.values(), default=0)
+    short = [i for i, size in sizes.items() if size < most or not size]
+    if short:
+        raise DataError(
+            f"{name}: every problem needs the same number of completions; problem {short[0]} "
+            f"({rows[short[0]].where}) has {sizes[short[0]]}, others have {most}"
+        )
+    return [record for group in groups.values() for record in group]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Tells one policy from another: numbers from the start and from all over each of its weights, adapters too."""
+    digest = hashlib.sha256()
+    for name, parameter in unwrap_peft(model).named_parameters():
+        flat = parameter.detach().flatten()
+        some = [flat[:256], flat[:: max(1, len(flat) // 256)][:512]]
+        digest.update(f"{name.split('.')[-1]}{tuple(parameter.shape)}".encode())
+        for part in some:
+            digest.update(part.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def finite_or_none(value: Any) -> Any:
+    """``value`` with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): finite_or_none(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(v) for v in value]
+    return value
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(finite_or_none(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise OutputDirError(f"{path}: damaged ({error}); choose another output_dir") from error
+    return value
+
+
+def _rows(source: str | Path | Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Any]]:
+    if not isinstance(source, (str, Path)):
+        yield from ((f"completions[{i}]", row) for i, row in enumerate(source))
+        return
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"completions {path}: {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        yield f"{path}:{number}", json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise DataError(f"{path}:{number}: not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _key(prompt: Any) -> str:
+    return json.dumps(prompt, sort_keys=True, default=str)
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterable[tuple[str, Any, Any]]:
+    """The parts of a setting that differ; of two dicts the keys."""
+    new = json.loads(json.dumps(finite_or_none(new)))  # as it would be read
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(f"{name}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield name, old, new
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

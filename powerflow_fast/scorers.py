@@ -1,0 +1,281 @@
+r"""Scorers: from a completion and the columns of its problem to one number, 1 for right and 0 for wrong as a rule.
+
+A scorer is a function ``scorer(prompt, completion, **columns) -> number`` with the other columns of the problem's row
+as keywords; one without ``**columns`` gets only those that it names, and those that it names without a default must be
+there in every row. :data:`SCORERS` has the ready-made ones by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .answers import (
+    Equivalence,
+    extract_answer,
+    math_verify_library,
+    normalized_answer,
+    resolve_equivalence,
+    same_answer,
+    same_answer_math,
+)
+from .config import suggest
+from .data import PromptRow
+from .errors import ConfigError, DataError, ScorerError
+
+__all__ = [
+    "SCORERS",
+    "NamedScorer",
+    "Scorer",
+    "boxed_score",
+    "check_columns",
+    "choice_score",
+    "exact_score",
+    "math_answer",
+    "math_score",
+    "read_letter",
+    "reasoning_gym_answer",
+    "reasoning_gym_score",
+    "resolve_scorer",
+    "same_mathematics",
+]
+
+Scorer = Callable[..., float]
+
+
+@dataclass(frozen=True)
+class NamedScorer:
+    """A scorer with its name, and how it reads and compares answers; itself a scorer.
+
+    Raises:
+        ScorerError: when called, if ``function`` raises or returns no finite number; the scorer is named.
+    """
+
+    name: str
+    function: Scorer
+    read_answer: Callable[[str], str | None] | None = None
+    """The answer in a completion, for majority votes and the number of different answers; None: neither is measured."""
+    equivalent: Equivalence = same_answer
+    """Which answers of two completions count as one."""
+
+    def __post_init__(self) -> None:
+        try:
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"scorer {self.name!r} must be a function with a signature: {error}") from error
+        parameters = list(signature.parameters.values())
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            raise ConfigError(
+                f"scorer {self.name!r} must take (prompt, completion, **columns), got {self.name}{signature}"
+            )
+
+    @cached_property
+    def _keywords(self) -> list[inspect.Parameter]:
+        parameters = list(inspect.signature(self.function).parameters.values())
+        first_two = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+        return [p for p in parameters if p not in first_two and p.kind is not p.VAR_POSITIONAL]
+
+    @cached_property
+    def required(self) -> tuple[str, ...]:
+        """The columns that every row must have."""
+        return tuple(p.name for p in self._keywords if p.kind is not p.VAR_KEYWORD and p.default is p.empty)
+
+    def __call__(self, prompt: Any, completion: str, /, **columns: Any) -> float:
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in self._keywords)
+        named = {p.name for p in self._keywords}
+        given = {k: v for k, v in columns.items() if k not in ("prompt", "completion") and (takes_all or k in named)}
+        try:
+            value = self.function(prompt, completion, **given)
+        except Exception as error:  # whatever a user's function raises
+            raise ScorerError(f"scorer {self.name!r} raised {type(error).__name__}: {error}") from error
+        try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+            raise ScorerError(
+                f"scorer {self.name!r} must return a number, got {str(value)[:60]!r} ({type(value).__name__})"
+            ) from None
+        if not math.isfinite(number):
+            raise ScorerError(f"scorer {self.name!r} must return a finite number, got {number}")
+        return number
+
+
+# Mathematics
+
+# "the answer to it is", "Answer:"; what follows, to the end of its line, is read by math-verify.
+_ANCHOR = re.compile(r"(?i:\banswer\b)[^.\n]{0,60}?(?:\bis\b|[:=])[\s:*]*")
+_SIGNS = (("°", r"^\circ"), ("−", "-"), ("≤", r"\le "), ("≥", r"\ge "))
+_ROOT = re.compile(r"√\s*(\w+|\{[^{}]*\}|\([^()]*\))")
+_LESS = r"\s*(<|\\leq?(?![a-zA-Z]))\s*"
+_BETWEEN = re.compile(rf"([^<>=]+?){_LESS}[a-zA-Z]{_LESS}([^<>=]+)")
+
+
+def math_answer(completion: str) -> str | None:
+    r"""The answer of ``completion`` as LaTeX or text: what the last ``\boxed{...}`` holds; without a box, what
+    math-verify finds after the last "answer is" or "answer:" ("the final answer is $\frac12$"); None without either.
+
+    A number in running text is no answer: the prompts of the benchmarks ask for a box.
+    """
+    boxed = extract_answer(completion)
+    if boxed is not None:
+        return boxed
+    anchors = list(_ANCHOR.finditer(completion))
+    if not anchors:
+        return None
+    library = math_verify_library()
+    configs = [
+        library.LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=-1),
+        library.ExprExtractionConfig(try_extract_without_anchor=False),
+    ]
+    line = completion[anchors[-1].end() :].partition("\n")[0].replace("**", "")
+    found = library.parse(f"answer: {line}", extraction_config=configs)
+    return str(found[-1]) if found else None
+
+
+def same_mathematics(answer: str, other: str) -> bool:
+    r""":func:`powerflow_fast.answers.same_answer_math`, the reference first, after what math-verify does not read is
+    written in LaTeX: the signs ° − ≤ ≥ √, and an interval given as ``a < x < b``."""
+    return same_answer_math(_in_latex(answer), _in_latex(other))
+
+
+def _in_latex(answer: str) -> str:
+    for sign, latex in _SIGNS:
+        answer = answer.replace(sign, latex)
+    answer = _ROOT.sub(lambda m: rf"\sqrt{{{m[1].strip('{}()')}}}", answer)
+    between = _BETWEEN.fullmatch(answer.strip().strip("$"))
+    if between:
+        low, left, right, high = between.groups()
+        answer = f"{'(' if left == '<' else '['}{low.strip()},{high.strip()}{')' if right == '<' else ']'}"
+    return answer
+
+
+def math_score(prompt: Any, completion: str, *, answer: Any) -> float:
+    r"""1.0 where the completion's answer equals ``answer`` as text or as mathematics, else 0.0.
+
+    The completion's answer is :func:`math_answer`'s; equality is :func:`same_mathematics`. Works in the main thread
+    only, as math-verify's time limit is a signal.
+    """
+    given = math_answer(completion)
+    return float(given is not None and same_mathematics(str(answer), given))
+
+
+# Text
+
+
+def boxed_score(prompt: Any, completion: str, *, answer: Any) -> float:
+    r"""1.0 where the last ``\boxed{...}`` holds the text of ``answer`` after
+    :func:`powerflow_fast.answers.normalized_answer`, else 0.0."""
+    given = extract_answer(completion)
+    return float(given is not None and same_answer(str(answer), given))
+
+
+def exact_score(prompt: Any, completion: str, *, answer: Any) -> float:
+    """1.0 where the whole completion is the text of ``answer``, both normalised as in :func:`boxed_score`."""
+    return float(same_answer(str(answer), completion))
+
+
+# Letters
+
+_LETTER = r"(?:\\text\w*\s*\{)?\(?\**([A-J])\**\)?\}?"
+_BOXED_LETTER = re.compile(rf"^\s*{_LETTER}\s*(?:[).:,\s].*)?$", re.DOTALL)
+_SAID_LETTER = re.compile(rf"(?i:\banswer\b(?:\s+is)?)\s*:?\s*\**\s*:?\s*\$?{_LETTER}(?![A-Za-z])")
+_BARE_LETTER = re.compile(r"^\s*\(?([A-J])\)?[.):]?\s*$")
+
+
+def read_letter(completion: str) -> str | None:
+    r"""The letter A to J that a completion chooses: in the last ``\boxed{...}``, as in ``\boxed{\text{(C)}}``; else
+    after the last word "answer", as in "the answer is (C)"; else the letter that is the whole completion; else None."""
+    boxed = extract_answer(completion)
+    if boxed is not None:
+        match = _BOXED_LETTER.match(boxed)
+        return match[1] if match else None
+    said = list(_SAID_LETTER.finditer(completion))
+    if said:
+        return said[-1][1]
+    match = _BARE_LETTER.match(completion)
+    return match[1] if match else None
+
+
+def choice_score(prompt: Any, completion: str, *, answer: Any) -> float:
+    """1.0 where :func:`read_letter` finds the letter ``answer``, else 0.0."""
+    return float(read_letter(completion) == str(answer).strip().strip("()").upper())
+
+
+# reasoning-gym
+
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+
+
+def reasoning_gym_answer(completion: str) -> str:
+    r"""What stands in the last ``<answer>...</answer>``; else in the last ``\boxed{...}``; else all of it."""
+    tags = _TAG.findall(completion)
+    return tags[-1].strip() if tags else extract_answer(completion) or completion.strip()
+
+
+def reasoning_gym_score(prompt: Any, completion: str, *, task: str, entry: dict[str, Any]) -> float:
+    """1.0 where reasoning-gym's own rule for ``task`` gives full marks to :func:`reasoning_gym_answer`, else 0.0.
+
+    Its partial marks (a right answer among other words) count as 0, and so does an answer that its rule cannot read.
+    ``entry`` is the item of its dataset.
+    """
+    import reasoning_gym
+
+    rule = reasoning_gym.get_score_answer_fn(task)
+    try:
+        return float(rule(reasoning_gym_answer(completion), entry) == 1.0)
+    except Exception:  # some rules parse the answer without a guard, each raises its own kind
+        return 0.0
+
+
+def _same_words(answer: str, other: str) -> bool:
+    return normalized_answer(answer).casefold() == normalized_answer(other).casefold()
+
+
+SCORERS: dict[str, NamedScorer] = {
+    "math": NamedScorer("math", math_score, math_answer, same_mathematics),
+    "boxed": NamedScorer("boxed", boxed_score, extract_answer),
+    "exact": NamedScorer("exact", exact_score, str.strip),
+    "choice": NamedScorer("choice", choice_score, read_letter),
+    "reasoning_gym": NamedScorer("reasoning_gym", reasoning_gym_score, reasoning_gym_answer, _same_words),
+}
+
+
+def resolve_scorer(scorer: str | Scorer | None) -> NamedScorer | None:
+    """The ready-made scorer with that name, or a function with its own name; None stays None.
+
+    :class:`ConfigError` for another name, for something that cannot be called, and for "math" without math-verify.
+    """
+    if scorer is None or isinstance(scorer, NamedScorer):
+        return scorer
+    if isinstance(scorer, str):
+        if scorer not in SCORERS:
+            raise ConfigError(
+                f"scorer must be one of {', '.join(SCORERS)}, or a function, got {scorer!r}{suggest(scorer, SCORERS)}"
+            )
+        if scorer == "math":
+            resolve_equivalence("math_verify")  # says how to install it
+        return SCORERS[scorer]
+    if not callable(scorer):
+        raise ConfigError(f"scorer must be a function or a name, got {type(scorer).__name__}")
+    return NamedScorer(getattr(scorer, "__name__", None) or type(scorer).__name__, scorer)
+
+
+def check_columns(scorer: NamedScorer, rows: Iterable[PromptRow]) -> None:
+    """:class:`DataError` naming the column and the first row where ``scorer`` lacks one that it needs."""
+    for row in rows:
+        for name in scorer.required:
+            value = row.extra.get(name)
+            if value is None or (isinstance(value, str) and not value.strip()):
+                found = ", ".join(map(repr, row.extra)) or "none besides the prompt"
+                state = "is empty" if name in row.extra else f"is missing (columns: {found})"
+                raise DataError(
+                    f"{row.where}: scorer {scorer.name!r} needs the column {name!r}, which {state}; add it, or choose "
+                    "another scorer or scorer=None"
+                )
