@@ -54,7 +54,7 @@ _EQUATION = re.compile(r"(\d+)([*+])(\d+)=(\d+)")
 class BaseSettings:
     """All that the weights of the base model depend on."""
 
-    steps: int = 1200
+    steps: int = 2000
     batch_size: int = 64
     learning_rate: float = 3e-3
     hidden_size: int = 64

@@ -65,7 +65,7 @@ class Scale(NamedTuple):
 
 
 BASES = {"full": BaseSettings(), "quick": QUICK}
-FULL = Scale("full", steps=80, prompts=8, every=10, tracked=40, tested=100)
+FULL = Scale("full", steps=60, prompts=8, every=10, tracked=40, tested=100)
 SHORT = Scale("quick", steps=2, prompts=2, every=1, tracked=2, tested=4)
 
 _SHARES = ", ".join(f"{name} {share:.0%}" for name, share in STRATEGIES.items())
@@ -117,6 +117,7 @@ def run_training(scale: Scale, *, seed: int, **options: Any) -> Trained:
             seed=seed,
             rollout_engine="hf",
             rollout_batch_size=scale.prompts * GENERATIONS,
+            format_fn="boxed",
             num_sample_prompts=0,
             bf16=False,
             output_dir=str(Path(folder) / "run"),
