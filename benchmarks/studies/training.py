@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,14 +70,19 @@ FULL = Scale("full", steps=60, prompts=8, every=10, tracked=40, tested=100)
 SHORT = Scale("quick", steps=2, prompts=2, every=1, tracked=2, tested=4)
 
 _SHARES = ", ".join(f"{name} {share:.0%}" for name, share in STRATEGIES.items())
-BASE_NOTE = rf"""
+BASE_NOTE = textwrap.fill(
+    rf"""
 The base model is a transformer of {BASES["full"].layers} layers and width {BASES["full"].hidden_size}, trained from
 scratch (`arithmetic.py`) on demonstrations such as `3*7=21; 5*6=30, so 21+30=51. So \boxed{{51}}` for the problem
 `3*7+5*6=`. What a base LM has by nature is put into them: several strategies ({_SHARES}); a free choice of words and of
 order, which makes long completions unlikely ones; errors in {STEP_ERROR:.0%} of the steps and {DIRECT_ERROR:.0%} of the
 direct answers, which do not agree with each other. So it is by construction that the likeliest completion as a whole
-is a short answer without a step; what each method makes of that is the question.
-""".strip()
+is a short answer without a step, and that right steps are likelier than wrong ones; what each method makes of that is
+the question. Completions have at most {MAX_COMPLETION} tokens; one without a box costs 0.5 nats per token (ψ).
+""".strip(),
+    width=120,
+    break_on_hyphens=False,
+)
 """For the pages."""
 
 
