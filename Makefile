@@ -22,8 +22,9 @@ VERL_INSTALL := $(VERL_VENV)/bin/python -m pip install --disable-pip-version-che
 demo: $(VENV)/.installed
 	$(BIN)/powerflow-fast demo --alpha $(ALPHA)
 
+# Two files at a time; a file's tests stay together, for what they share is made once.
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # The first time it takes minutes and 2 GB; the tests need no GPU and start none of verl's workers.
 test-verl: $(VERL_VENV)/.installed

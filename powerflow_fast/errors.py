@@ -53,6 +53,22 @@ class RolloutError(PowerFlowError, RuntimeError):
     """A sampling engine failed, is missing, or samples from other weights than it was told to; the cause is named."""
 
 
+class JudgeError(PowerFlowError, RuntimeError):
+    """A judge's endpoint is down, refuses, or does not speak its format; what it has answered is kept.
+
+    ``done`` of ``total`` prompts of the failed call have a reply; the same call again asks only for the others.
+    """
+
+    def __init__(self, message: str, *, done: int = 0, total: int = 0):
+        super().__init__(message)
+        self.done = done
+        self.total = total
+
+
+class CheckpointError(PowerFlowError, RuntimeError):
+    """A checkpoint is unreadable, incomplete, or belongs to a run with another configuration."""
+
+
 class ScorerError(PowerFlowError, RuntimeError):
     """A scorer raised, or returned no number; the message names it, the problem and the completion.
 
@@ -62,14 +78,6 @@ class ScorerError(PowerFlowError, RuntimeError):
     def __init__(self, message: str, *, completions: list[dict[str, Any]] | None = None):
         super().__init__(message)
         self.completions = completions or []
-
-
-class JudgeError(PowerFlowError, RuntimeError):
-    """The endpoint of a judge failed; the message says what is done and where, and a second call goes on from there."""
-
-
-class CheckpointError(PowerFlowError, RuntimeError):
-    """A checkpoint is unreadable, incomplete, or belongs to a run with another configuration."""
 
 
 class DeviceMemoryError(PowerFlowError, RuntimeError):

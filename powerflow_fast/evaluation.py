@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
 import torch
@@ -18,15 +18,13 @@ from torch import nn
 from . import __version__
 from .checkpoint import get_rng_state, git_commit, set_rng_state
 from .completion_scores import fill_likelihoods, fill_scores, resolve_base
-from .diversity import minilm_encoder, self_bleu
-from .errors import ConfigError, DataError
-from .estimates import Measure, mean_interval, pass_at_k
+from .diversity import Encoder, minilm_encoder, self_bleu
+from .errors import ConfigError, JudgeError
+from .estimates import mean_interval, pass_at_k
 from .evaluation_files import (
-    COMPLETIONS,
     CompletionStore,
     finite_or_none,
     read_completions,
-    read_result,
     weights_digest,
     write_result,
 )
@@ -34,19 +32,28 @@ from .evaluation_measures import (
     MEASURES,
     accuracy_measures,
     correct_counts,
+    judge_measures,
     length_measures,
     lexical_measures,
+    likelihood_measures,
     semantic_measures,
+    tilt_measures,
 )
+from .evaluation_result import Evaluation
 from .heads import evaluating
 from .models import load_model
 from .problems import ProblemSet, load_problems
-from .report import ProgressLine, format_table, read_history
+from .report import ProgressLine
 from .samplers import Sampler, resolve_sampler
 from .samples import runs
 from .scorers import Scorer, check_columns
 
+if TYPE_CHECKING:
+    from .judge import Judge
+
 __all__ = ["MEASURE_GROUPS", "Evaluation", "during_training", "evaluate"]
+
+logger = logging.getLogger(__name__)
 
 # The groups that `measures` takes, and what they measure.
 MEASURE_GROUPS = {
@@ -55,89 +62,8 @@ MEASURE_GROUPS = {
     "lexical": ("distinct_1", "distinct_2", "self_bleu", "repetition"),
     "semantic": ("semantic_diversity",),
     "judge": ("quality", "strategies"),
-    "likelihood": ("entropy", "logp", "base_logp", "inversion_rate", "tilt"),
+    "likelihood": ("entropy", "logp", "base_logp", "inversion_rate", "alpha", "tilt"),
 }
-
-
-@dataclass
-class Evaluation:
-    """The result of :func:`evaluate`."""
-
-    name: str
-    problems: str
-    """Name of the problem set."""
-    settings: dict[str, Any]
-    """All that the result depends on."""
-    measures: dict[str, Measure]
-    """Means over prompts, in the order and with the units of ``evaluation_measures.MEASURES``."""
-    per_prompt: dict[str, list[float]]
-    """The values that the means are of, one per prompt; NaN where a prompt has none."""
-    pass_at_k: dict[int, Measure]
-    """The chance that one of k completions is right; empty without a scorer."""
-    completions: list[dict[str, Any]] = field(repr=False)
-    """The lines of ``completions.jsonl``."""
-    tokens_generated: int
-    """Tokens that the model made, those that a sampler rejected included."""
-    seconds: float
-    """Time that sampling took."""
-
-    def table(self) -> str:
-        """A text table: measure, mean, interval, prompts, and what it is."""
-        rows = [(name, m, MEASURES.get(name, "")) for name, m in self.measures.items()]
-        what = "share of prompts with a right completion among k"
-        rows += [(f"pass@{k}", m, what) for k, m in self.pass_at_k.items()]
-        level = f"{self.settings.get('confidence', 0.95):.0%} interval"
-        cells = [
-            (name, f"{m.value:.3f}", "" if math.isnan(m.low) else f"{m.low:.3f} to {m.high:.3f}", m.prompts, what)
-            for name, m, what in rows
-        ]
-        return format_table(cells, ("measure", "mean", level, "prompts", "of"))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``evaluation.json`` and ``completions.jsonl`` into ``folder``, which is made; returns it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        store = CompletionStore(folder)
-        store.records = list(self.completions)
-        store.save()
-        write_result(folder, self._to_dict())
-        return folder
-
-    def _to_dict(self) -> dict[str, Any]:
-        return {
-            "complete": True,
-            "name": self.name,
-            "problems": self.problems,
-            "measures": {name: m.to_dict() for name, m in self.measures.items()},
-            "pass_at_k": {k: m.to_dict() for k, m in self.pass_at_k.items()},
-            "tokens_generated": self.tokens_generated,
-            "seconds": self.seconds,
-            "settings": self.settings,
-            "per_prompt": self.per_prompt,
-        }
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Evaluation:
-        """What :meth:`save` or :func:`evaluate` wrote; DataError where it is missing, unfinished or damaged."""
-        folder = Path(folder)
-        result = read_result(folder)
-        try:
-            return cls(
-                name=result["name"],
-                problems=result["problems"],
-                settings=result["settings"],
-                measures={name: Measure.from_dict(m) for name, m in result["measures"].items()},
-                per_prompt={
-                    name: [math.nan if v is None else float(v) for v in values]
-                    for name, values in result["per_prompt"].items()
-                },
-                pass_at_k={int(k): Measure.from_dict(m) for k, m in result["pass_at_k"].items()},
-                completions=read_history(folder / COMPLETIONS),
-                tokens_generated=result["tokens_generated"],
-                seconds=result["seconds"],
-            )
-        except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
-            raise DataError(f"{folder}: damaged evaluation ({type(error).__name__}: {error})") from error
 
 
 def evaluate(
@@ -149,8 +75,8 @@ def evaluate(
     scorer: str | Scorer | None = "auto",
     ks: Sequence[int] | None = None,
     measures: Sequence[str] = ("accuracy", "length", "lexical"),
-    encoder: Callable[[Sequence[str]], numpy.ndarray] | None = None,
-    judge: Any = None,
+    encoder: Encoder | None = None,
+    judge: Judge | None = None,
     base: str | Path | nn.Module | None = None,
     alpha: float | None = None,
     tokenizer: Any = None,
@@ -184,7 +110,7 @@ def evaluate(
     Args:
         model: hub name, folder, or a loaded model. None where ``completions`` are given.
         problems: as for :func:`powerflow_fast.problems.load_problems`.
-        num_samples: completions of each problem.
+        num_samples: completions of each problem; of given completions their own number.
         sampler: "temperature=1", "power:alpha=4", "verbalized:answers=5", or an object
             (:mod:`powerflow_fast.samplers`).
         scorer: a name, a function, None, or "auto" for the problem set's own.
@@ -217,20 +143,19 @@ def evaluate(
     """
     groups = _checked_groups(measures, encoder, judge, base)
     problem_set = load_problems(problems, limit=limit, scorer=scorer)
-    if problem_set.scorer is not None and "accuracy" in groups:
-        check_columns(problem_set.scorer, problem_set.rows)
-    else:
+    if problem_set.scorer is None:
+        if "accuracy" in groups and scorer is not None:
+            logger.warning("%s: nothing says which answer is right, accuracy is not measured", problem_set.name)
         groups = tuple(g for g in groups if g != "accuracy")
+    elif "accuracy" in groups:
+        check_columns(problem_set.scorer, problem_set.rows)
     _check_number("confidence", confidence, 0, 1)
     _check_number("score_temperature", score_temperature, 0, math.inf)
-    ready = None
-    if completions is not None:
-        ready = read_completions(completions, problem_set.rows, tokenizer=tokenizer)
-        num_samples = len(ready) // len(problem_set)
-    elif model is None:
-        raise ConfigError("evaluate: model must be a name, a folder or a model, got None without completions=")
-    ks = _checked_ks(ks, num_samples)
-    lm, model_name = None, "completions"
+    if completions is None:
+        if model is None:
+            raise ConfigError("evaluate: model must be a name, a folder or a model, got None without completions=")
+        ks = _checked_ks(ks, num_samples)
+    lm, model_name = None, None
     if model is not None:
         device = None if isinstance(model, nn.Module) else "cuda" if torch.cuda.is_available() else None
         loaded = load_model(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code, device=device)
@@ -243,8 +168,14 @@ def evaluate(
         encoder = minilm_encoder()
     base_model = None if base is None else resolve_base(base, lm, dtype=dtype)
     prompt_options = {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
-    drawn_by = None
-    if ready is None:
+    ready, drawn_by = None, None
+    if completions is not None:
+        ready = read_completions(completions, problem_set.rows, tokenizer=tokenizer)
+        num_samples, seed = len(ready) // len(problem_set), 0
+        ks = _checked_ks(ks, num_samples)
+        if "length" in groups and any(r["tokens"] is None for r in ready):
+            raise ConfigError("evaluate: the length of given completions needs tokenizer=, or leave 'length' out")
+    else:
         common = {"max_completion_length": max_completion_length, "batch_size": batch_size, **prompt_options}
         drawn_by = resolve_sampler(sampler, lm, tokenizer, **common)
     settings = {
@@ -278,10 +209,9 @@ def evaluate(
         if "likelihood" in groups:
             likelihood = {"base": base_model, "temperature": score_temperature, "batch_size": batch_size}
             fill_likelihoods(store, problem_set.rows, lm, tokenizer, **likelihood, **prompt_options)
-        sampler_name = settings["sampler"]
         result = _measured(
             Evaluation(
-                name=name or (model_name if drawn_by is None else f"{model_name}, {sampler_name}"),
+                name=name or ", ".join(filter(None, (model_name, settings["sampler"]))),
                 problems=problem_set.name,
                 settings=finite_or_none(settings),
                 measures={},
@@ -296,10 +226,12 @@ def evaluate(
             ks,
             encoder=encoder,
             judge=judge,
+            alpha=alpha,
             confidence=confidence,
+            place=store.place,
         )
     if store.folder is not None:
-        write_result(store.folder, result._to_dict())
+        write_result(store.folder, result.to_dict())
     return result
 
 
@@ -309,9 +241,10 @@ def during_training(
     """An ``eval_fn`` for :func:`powerflow_fast.train`: ``eval_fn(model, tokenizer, step) -> {measure: mean}``.
 
     The same problems, seed and settings at every step, so that the numbers of ``history.jsonl`` ("eval/accuracy",
-    "eval/length", "eval/pass@4", ...) differ by the weights alone. ``options`` are those of :func:`evaluate`; with
-    ``output_dir`` each step gets a folder ``step-N`` in it.
+    "eval/length", "eval/pass@4", ...) differ by the weights alone. ``options`` are those of :func:`evaluate`, with
+    "accuracy" and "length" as the usual measures; with ``output_dir`` each step gets a folder ``step-N`` in it.
     """
+    options.setdefault("measures", ("accuracy", "length"))
     fixed = load_problems(problems, limit=limit, scorer=options.pop("scorer", "auto"))
     folder = options.pop("output_dir", None)
 
@@ -445,9 +378,11 @@ def _measured(
     groups: Sequence[str],
     ks: Sequence[int],
     *,
-    encoder: Any,
-    judge: Any,
+    encoder: Encoder | None,
+    judge: Judge | None,
+    alpha: float | None,
     confidence: float,
+    place: str,
 ) -> Evaluation:
     """``result`` with its measures filled in."""
     records: list[list[dict[str, Any]]] = [[] for _ in problems.rows]
@@ -464,8 +399,16 @@ def _measured(
         found |= lexical_measures(records)
     if "semantic" in groups:
         found |= semantic_measures(records, encoder)
+    if "likelihood" in groups:
+        found |= likelihood_measures(records)
+    if "judge" in groups:
+        try:
+            found |= judge_measures(records, problems.rows, judge)
+        except JudgeError as error:
+            raise JudgeError(f"{error} All completions are in {place}", done=error.done, total=error.total) from error
+    means = {measure: mean_interval(values, confidence=confidence) for measure, values in found.items()}
+    if "inversion_rate" in found:
+        means |= tilt_measures(records, alpha=alpha, confidence=confidence)
     result.per_prompt = {measure: found[measure] for measure in MEASURES if measure in found}
-    result.measures = {
-        measure: mean_interval(values, confidence=confidence) for measure, values in result.per_prompt.items()
-    }
+    result.measures = {measure: means[measure] for measure in MEASURES if measure in means}
     return result

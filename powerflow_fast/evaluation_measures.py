@@ -5,21 +5,30 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from .answers import cluster_answers
+from .data import PromptRow
 from .diversity import Encoder, distinct_n, repetition, self_bleu, semantic_diversity
+from .estimates import Measure
+from .power_order import inversion_rate, length_tilt
 from .scorers import NamedScorer
+
+if TYPE_CHECKING:
+    from .judge import Judge
 
 __all__ = [
     "MEASURES",
     "accuracy_measures",
     "correct_counts",
+    "judge_measures",
     "length_measures",
     "lexical_measures",
+    "likelihood_measures",
     "semantic_measures",
+    "tilt_measures",
 ]
 
 # What each measure is, and its unit.
@@ -40,14 +49,16 @@ MEASURES = {
     "logp": "mean log-prob per token under the model, nats",
     "base_logp": "mean log-prob per token under the base model, nats",
     "inversion_rate": "share of pairs of completions in another order under the model than under the base; 0: p_base^α",
-    "tilt": "λ of log π = α log p_base − λ|y| + c within prompts, nats per token",
+    "alpha": "α of log π = α log p_base − λ|y| + c within prompts",
+    "tilt": "its λ, nats per token; above 0 the model prefers shorter completions than p_base^α",
 }
 Groups = Sequence[Sequence[dict[str, Any]]]
+TIED = 1e-3  # nats: the same completion, scored in two batches, differs by the rounding of fp32
 _WORDS = re.compile(r"\w+|[^\w\s]")
 
 
 def accuracy_measures(groups: Groups, scorer: NamedScorer) -> dict[str, list[float]]:
-    """ "accuracy", and with a scorer that reads answers "majority" and "distinct_answers"; of completions with scores.
+    """Measures "accuracy", and with a scorer that reads answers "majority" and "distinct_answers".
 
     Of answers with as many votes the one that comes first wins; where no completion has an answer, the vote scores 0.
     """
@@ -70,7 +81,7 @@ def correct_counts(groups: Groups) -> list[int]:
 
 
 def length_measures(groups: Groups) -> dict[str, list[float]]:
-    """ "length" and "finished"."""
+    """Measures "length" and "finished"."""
     return {
         "length": [_mean(math.nan if r["tokens"] is None else r["tokens"] for r in records) for records in groups],
         "finished": [_mean(float(r["finished"]) for r in records) for records in groups],
@@ -78,7 +89,7 @@ def length_measures(groups: Groups) -> dict[str, list[float]]:
 
 
 def lexical_measures(groups: Groups) -> dict[str, list[float]]:
-    """ "distinct_1", "distinct_2", "self_bleu" and "repetition", of words, so that no tokenizer comes in."""
+    """Measures "distinct_1", "distinct_2", "self_bleu" and "repetition", of words, so that no tokenizer comes in."""
     words = [[_WORDS.findall(r["completion"]) for r in records] for records in groups]
     return {
         "distinct_1": [distinct_n(texts, 1) for texts in words],
@@ -89,8 +100,58 @@ def lexical_measures(groups: Groups) -> dict[str, list[float]]:
 
 
 def semantic_measures(groups: Groups, encoder: Encoder) -> dict[str, list[float]]:
-    """ "semantic_diversity"."""
+    """Measures "semantic_diversity"."""
     return {"semantic_diversity": [semantic_diversity(texts, encoder) for texts in _texts(groups)]}
+
+
+def judge_measures(groups: Groups, rows: Sequence[PromptRow], judge: Judge) -> dict[str, list[float]]:
+    """Measures "quality" and "strategies"; NaN where the judge's replies cannot be read."""
+    asked = [(_question(row), texts) for row, texts in zip(rows, _texts(groups), strict=True)]
+    grades = [[grade for grade in grades if not math.isnan(grade)] for grades in judge.quality_of_all(asked)]
+    clusters = judge.strategies_of_all(asked)
+    return {
+        "quality": [_mean(group) for group in grades],
+        "strategies": [math.nan if found is None else float(len(set(found))) for found in clusters],
+    }
+
+
+def likelihood_measures(groups: Groups) -> dict[str, list[float]]:
+    """Measures "entropy" and "logp", and of completions scored under a base too "base_logp" and "inversion_rate"."""
+    measures = {
+        "entropy": [_mean(r["entropy"] for r in records if r["entropy"] is not None) for records in groups],
+        "logp": [_mean(r["logp"] / r["tokens"] for r in records if r["tokens"]) for records in groups],
+    }
+    if any(r["base_logp"] is None for records in groups for r in records):
+        return measures
+    everything = _scored(groups)
+    measures["base_logp"] = [_mean(r["base_logp"] / r["tokens"] for r in records if r["tokens"]) for records in groups]
+    measures["inversion_rate"] = inversion_rate(
+        everything["policy_logps"], everything["base_logps"], everything["group_ids"], tolerance=TIED
+    )
+    return measures
+
+
+def tilt_measures(groups: Groups, *, alpha: float | None, confidence: float) -> dict[str, Measure]:
+    """Measures "alpha" and "tilt" of completions scored under a base: of all prompts together, no means over them."""
+    everything = _scored(groups)
+    lengths = [r["tokens"] for records in groups for r in records]
+    found = length_tilt(**everything, lengths=lengths, alpha=alpha, confidence=confidence)
+    return {"alpha": found.alpha, "tilt": found.tilt}
+
+
+def _scored(groups: Groups) -> dict[str, list[Any]]:
+    pairs = [(i, r) for i, records in enumerate(groups) for r in records]
+    return {
+        "policy_logps": [r["logp"] for _, r in pairs],
+        "base_logps": [r["base_logp"] for _, r in pairs],
+        "group_ids": [i for i, _ in pairs],
+    }
+
+
+def _question(row: PromptRow) -> str:
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return "\n\n".join(message["content"] for message in row.prompt)
 
 
 def _texts(groups: Groups) -> list[list[str]]:

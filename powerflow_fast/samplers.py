@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from .config import suggest
-from .data import PromptRow, encode_prompt
+from .data import PromptRow
 from .errors import ConfigError
+from .power_sampling import PowerSampler
 from .rollout import RolloutEngine
-from .seeded_decoding import Completion, SeededDecoder, random_stream, stream_seed
+from .sampler_base import Completion, ModelSampler, check_number
+from .seeded_decoding import random_stream, stream_seed
+from .verbalized import VerbalizedSampler
 
 __all__ = ["Completion", "Sampler", "TemperatureSampler", "resolve_sampler"]
 
@@ -36,7 +38,7 @@ class Sampler(Protocol):
         ...
 
 
-class TemperatureSampler:
+class TemperatureSampler(ModelSampler):
     """Draws each token from softmax(logits / temperature) over the whole vocabulary.
 
     Below 1 this is not p^(1/temperature) of whole completions: every token is sharpened by itself, whatever it leads
@@ -49,12 +51,10 @@ class TemperatureSampler:
 
     Args:
         temperature: >= 0.
-        max_completion_length: most tokens of a completion, end-of-sequence token included.
-        batch_size: sequences decoded at once; without an engine.
         engine: draws in the place of the model, from the weights that its last ``sync`` gave it. Its ``temperature``,
             where it tells one, must be ``temperature``.
-        use_chat_template, system_prompt: as in :func:`powerflow_fast.data.encode_prompt`.
-        eos_ids, autocast: as in :class:`powerflow_fast.rollout.HFGenerateEngine`.
+        common: ``max_completion_length``, ``batch_size``, ``use_chat_template``, ``system_prompt``, ``eos_ids`` and
+            ``autocast``, see :class:`~powerflow_fast.sampler_base.ModelSampler`.
 
     Raises:
         ConfigError: an argument out of range, or one that the engine contradicts.
@@ -66,48 +66,26 @@ class TemperatureSampler:
         tokenizer: Any,
         *,
         temperature: float = 1.0,
-        max_completion_length: int = 1024,
-        batch_size: int = 32,
         engine: RolloutEngine | None = None,
-        use_chat_template: bool | Literal["auto"] = "auto",
-        system_prompt: str | None = None,
-        eos_ids: Sequence[int] | None = None,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        **common: Any,
     ):
-        check_number("TemperatureSampler", "temperature", temperature, least=0)
-        check_number("TemperatureSampler", "max_completion_length", max_completion_length, least=1, whole=True)
-        check_number("TemperatureSampler", "batch_size", batch_size, least=1, whole=True)
+        super().__init__(model, tokenizer, temperature=temperature, **common)
         if engine is not None:
             own = getattr(engine, "temperature", temperature)
             if temperature == 0:
                 raise ConfigError("TemperatureSampler: temperature=0 needs engine=None; an engine draws at random")
             if own != temperature:
                 raise ConfigError(f"TemperatureSampler: temperature is {temperature:g}, but the engine's is {own:g}")
-        self.tokenizer, self.engine = tokenizer, engine
-        self.decoder = SeededDecoder(
-            model,
-            tokenizer,
-            temperature=float(temperature),
-            max_completion_length=max_completion_length,
-            batch_size=batch_size,
-            eos_ids=eos_ids,
-            autocast=autocast,
-        )
+        self.engine = engine
         self.name = f"temperature {temperature:g}" if temperature else "greedy"
-        self._prompt_options = {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
-        self.settings: dict[str, Any] = {
-            "sampler": "temperature",
-            "temperature": float(temperature),
-            "max_completion_length": max_completion_length,
-            "engine": "seeded" if engine is None else engine.name,
-            "eos_ids": list(self.decoder.eos_ids if engine is None else getattr(engine, "eos_ids", [])),
-            **self._prompt_options,
-        }
+        self.settings |= {"sampler": "temperature", "engine": "seeded" if engine is None else engine.name}
+        if engine is not None:
+            self.settings["eos_ids"] = list(getattr(engine, "eos_ids", []))
 
     def sample(self, rows: Sequence[PromptRow], *, num_samples: int, seed: int) -> list[list[Completion]]:
         """See :meth:`Sampler.sample`. The cost of a completion is its own tokens; of greedy ones the first bears it."""
         check_number("sample", "num_samples", num_samples, least=1, whole=True)
-        prompts = [encode_prompt(row, self.tokenizer, **self._prompt_options) for row in rows]
+        prompts = self.encode(rows)
         if self.engine is not None:
             return [self._by_engine(self.engine, prompt, num_samples, seed) for prompt in prompts]
         copies = num_samples if self.settings["temperature"] else 1
@@ -116,11 +94,11 @@ class TemperatureSampler:
             [prompt for prompt in prompts for _ in range(copies)],
             [random_stream(seed, prompt, j).random(limit) for prompt in prompts for j in range(copies)],
         )
-        completions = [self._completion(d.ids, d.finished, len(d.ids)) for d in draws]
+        completions = [self.completion(d.ids, d.finished, len(d.ids)) for d in draws]
         groups = [completions[i * copies : (i + 1) * copies] for i in range(len(rows))]
         if copies == num_samples:
             return groups
-        return [[one] + [self._completion(one.ids, one.finished, 0)] * (num_samples - 1) for [one] in groups]
+        return [[one] + [replace(one, generated_tokens=0)] * (num_samples - 1) for [one] in groups]
 
     def _by_engine(self, engine: RolloutEngine, prompt: list[int], num_samples: int, seed: int) -> list[Completion]:
         rollout = engine.generate(
@@ -129,30 +107,27 @@ class TemperatureSampler:
             max_completion_length=self.settings["max_completion_length"],
         )
         pairs = zip(rollout.completion_ids, rollout.finished, strict=True)
-        return [self._completion(ids, finished, len(ids)) for ids, finished in pairs]
-
-    def _completion(self, ids: list[int], finished: bool, generated: int) -> Completion:
-        return Completion(self.tokenizer.decode(ids, skip_special_tokens=True), ids, finished, generated)
-
-
-def check_number(where: str, name: str, value: Any, *, least: float, whole: bool = False) -> None:
-    """ConfigError unless ``value`` is a finite number, not a bool, of at least ``least``, and whole if so asked."""
-    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or value < least:
-        raise ConfigError(f"{where}: {name} must be {'an integer' if whole else 'a number'} >= {least}, got {value!r}")
+        return [self.completion(ids, finished, len(ids)) for ids, finished in pairs]
 
 
 # The words that a sampler's text may begin with, and the type of each option that may follow.
 SAMPLERS: dict[str, tuple[type, dict[str, type]]] = {
     "temperature": (TemperatureSampler, {"temperature": float}),
+    "power": (PowerSampler, {"alpha": float, "blocks": int, "steps": int, "proposal_temperature": float}),
+    "verbalized": (VerbalizedSampler, {"answers": int, "temperature": float, "reply_length": int}),
 }
 
 
 def resolve_sampler(sampler: str | Sampler, model: nn.Module, tokenizer: Any, **common: Any) -> Sampler:
     """The sampler that a text names, or ``sampler`` itself where it already is one.
 
-    ``"temperature=0.5"``, ``"temperature"`` (1), ``"temperature=0"`` or ``"greedy"``. ``common`` are arguments of every
-    sampler, such as ``max_completion_length`` and ``batch_size``. ConfigError names what is unknown or unreadable.
+    ``"temperature=0.5"``, ``"temperature"`` (1), ``"temperature=0"`` or ``"greedy"``;
+    ``"power:alpha=4,blocks=16,steps=10"``, ``"verbalized:answers=5"``: a name, and options of its class where they
+    shall differ from the defaults. ``common`` are arguments of every sampler, such as ``max_completion_length`` and
+    ``batch_size``, and ``engine``, with which only temperature sampling works.
+
+    Raises:
+        ConfigError: what is unknown or unreadable, with the nearest that is known.
     """
     if not isinstance(sampler, str):
         if not isinstance(sampler, Sampler):
@@ -182,4 +157,6 @@ def resolve_sampler(sampler: str | Sampler, model: nn.Module, tokenizer: Any, **
         except ValueError:
             what = "an integer" if known[name] is int else "a number"
             raise ConfigError(f"sampler {sampler!r}: {name} must be {what}, got {value!r}") from None
+    if kind is not TemperatureSampler and common.pop("engine", None) is not None:
+        raise ConfigError(f"sampler {sampler!r}: decodes the model itself and works without an engine; leave it out")
     return kind(model, tokenizer, **options, **common)

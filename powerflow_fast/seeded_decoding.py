@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,23 +19,7 @@ from .heads import evaluating, unwrap_peft
 from .models import max_positions
 from .rollout import ModelEngine, checked_prompts, own_generation_config_aside
 
-__all__ = ["Completion", "Draw", "SeededDecoder", "random_stream", "stream_seed"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One completion that a sampler drew."""
-
-    text: str
-    """Without special tokens."""
-    ids: list[int]
-    """Tokens up to and with the end-of-sequence token."""
-    finished: bool
-    """An end-of-sequence token came before the length limit."""
-    generated_tokens: int
-    """Tokens that the model had to generate for it, the rejected ones too."""
-    note: str = ""
-    """What went otherwise than asked for; empty as a rule."""
+__all__ = ["Draw", "SeededDecoder", "random_stream", "stream_seed"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +47,7 @@ def random_stream(*parts: Any) -> numpy.random.Generator:
 class SeededDecoder(ModelEngine):
     """Decodes with ``transformers``' generate, each token by the random number that its own sequence brings along.
 
-    Token t of a sequence is ``searchsorted(cumsum(softmax(logits / temperature)), uniforms[t])``, in fp64. So a
+    Token t of a sequence is ``searchsorted(cumsum(softmax(logits / temperature)), uniforms[t])``, to 60 bits. So a
     sequence is a function of the weights, its prompt and its numbers. The other sequences of a batch come in by the
     rounding of the logits alone, since the sizes of the matrix products and the padding are theirs too: of near ties
     in floating point, now and then one may fall the other way. Prompts that are decoded in the same batches give the
@@ -123,7 +108,7 @@ class SeededDecoder(ModelEngine):
         if positions is not None and longest > positions:
             raise ConfigError(
                 f"max_completion_length: prompt and completion may be {longest} tokens, but the model has positions "
-                f"for {positions}; use a smaller max_completion_length or shorter prompts"
+                f"for {positions}; use a smaller max_completion_length (or reply_length), or shorter prompts"
             )
         drawn: list[Draw] = [Draw([], False, [], []) for _ in prompts]
         # Of like length, so that few rows are padded and few steps are wasted; no dependence on the caller's order.
@@ -143,10 +128,10 @@ class SeededDecoder(ModelEngine):
 
         device = lm.get_input_embeddings().weight.device
         width, limits = max(map(len, prompts)), list(map(len, uniforms))
-        numbers = torch.zeros(len(prompts), max(limits), dtype=torch.float64)
+        numbers = numpy.zeros((len(prompts), max(limits)))
         for row, values in zip(numbers, uniforms, strict=True):
-            row[: len(values)] = torch.from_numpy(values)
-        pick = _Pick(numbers.to(device), self.temperature)
+            row[: len(values)] = values
+        pick = _Pick(torch.from_numpy(numbers).to(device), self.temperature)
         config = GenerationConfig(
             do_sample=False,  # of what ``pick`` leaves
             max_new_tokens=max(limits),
@@ -163,18 +148,20 @@ class SeededDecoder(ModelEngine):
         )
         self.prefilled_tokens += sum(map(len, prompts))
         self.forwards += len(pick.tokens)
-        tokens, logps, proposal_logps = (torch.stack(x, 1).cpu() for x in (pick.tokens, pick.logps, pick.proposal))
+        kept = zip(*(torch.stack(x, 1).tolist() for x in (pick.tokens, pick.logps, pick.proposal)), strict=True)
         draws = []
-        for row, limit in enumerate(limits):
-            ids = tokens[row, :limit].tolist()
-            ends = [t for t, token in enumerate(ids) if token in self.eos_ids]
-            length = ends[0] + 1 if ends else len(ids)
-            kept = proposal_logps[row, :length]
-            if not bool(kept.isfinite().all()):
-                first = int((~kept.isfinite()).nonzero()[0])
+        for (tokens, logps, proposal_logps), limit in zip(kept, limits, strict=True):
+            length = next((t for t, token in enumerate(tokens[:limit], 1) if token in self.eos_ids), limit)
+            if not all(map(math.isfinite, proposal_logps[:length])):
+                first = list(map(math.isfinite, proposal_logps)).index(False)
                 raise RolloutError(f"the model's logits for completion token {first} are not numbers")
-            draws.append(Draw(ids[:length], bool(ends), logps[row, :length].tolist(), kept.tolist()))
+            finished = tokens[length - 1] in self.eos_ids
+            draws.append(Draw(tokens[:length], finished, logps[:length], proposal_logps[:length]))
         return draws
+
+
+# Probability 1 in the whole numbers that are summed up; the sum of a whole vocabulary fits into 64 bits.
+_ONE = 2.0**60
 
 
 class _Pick:
@@ -193,9 +180,11 @@ class _Pick:
             proposal = torch.where(scores.isnan().any(-1), torch.nan, 0.0).double()
         else:
             proposed = logps if self.temperature == 1 else (logps / self.temperature).log_softmax(-1)
-            below = proposed.exp().cumsum(-1)
-            # A share of the last sum, which rounding leaves just off 1; ``right`` passes over tokens of probability 0.
-            thresholds = self.uniforms[:, len(self.tokens), None] * below[:, -1:]
+            # In whole numbers, whose sums are the same in whatever order a GPU adds them.
+            below = (proposed.exp() * _ONE).long().cumsum(-1)
+            total = below[:, -1:]
+            thresholds = torch.minimum((self.uniforms[:, len(self.tokens), None] * total).long(), total - 1)
+            # ``right`` passes over tokens of probability 0.
             tokens = torch.searchsorted(below, thresholds, right=True)[:, 0].clamp_max(scores.shape[-1] - 1)
             proposal = proposed.gather(-1, tokens[:, None])[:, 0]
         self.tokens.append(tokens)

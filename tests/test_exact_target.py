@@ -73,10 +73,12 @@ def total_variation(p, q):
     return float((p - q).abs().sum() / 2)
 
 
-@pytest.mark.parametrize("log_z", ["learned", "group"])
-@pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
+# Every pair of two settings, not every triple: each case trains for ten seconds.
 @pytest.mark.parametrize("ends", [False, True], ids=["fixed-length", "variable-length"])
-def test_training_reaches_the_power_of_the_base(ends, alpha, log_z, tmp_path):
+@pytest.mark.parametrize(("alpha", "log_z"), [(0.5, "learned"), (2.0, "group"), (4.0, "learned")])
+def test_training_reaches_the_power_of_the_base(alpha, log_z, ends, tmp_path):
+    if ends:
+        log_z = "learned" if log_z == "group" else "group"
     model, tokenizer, completions = enumerable_lm(ends=ends)
     base = log_probs(model, completions)
     assert abs(float(base.exp().sum()) - 1) < 1e-5, "the completions are all there is"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from powerflow_fast.errors import ConfigError, RolloutError
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.packing import pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.samplers import Completion, Sampler, TemperatureSampler, resolve_sampler
+from powerflow_fast.samplers import SAMPLERS, Completion, Sampler, TemperatureSampler, resolve_sampler
 from powerflow_fast.seeded_decoding import SeededDecoder, random_stream
 
 ROWS = [PromptRow(text) for text in ("abc", "a", "hello there", "no", "abd")]
@@ -181,3 +183,14 @@ def test_a_text_names_a_sampler(text, name):
 def test_texts_that_name_none(text, message):
     with pytest.raises(ConfigError, match=message):
         resolve_sampler(text, tiny_model(), tiny_tokenizer())
+
+
+def test_the_documentation_names_every_sampler_and_its_example_runs(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)", text, re.MULTILINE)
+    assert set(named) == {*SAMPLERS, "greedy"}
+    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    model = tiny_model(spread=0.3)
+    example = example.replace("blocks=16,steps=10", "blocks=2,steps=1").replace("=64", "=6")  # in less time
+    exec(example, {"model": model, "tokenizer": tiny_tokenizer(), "rows": ROWS[:1]})
+    assert capsys.readouterr().out.startswith("power sampling α=4 ")

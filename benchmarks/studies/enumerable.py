@@ -159,7 +159,8 @@ class World:
         decay: bool = True,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """The table after ``steps`` of Adam from ``start`` (None: the base model).
+        """The table after ``steps`` of Adam from ``start``. None is the base model; at α = 1 that is the target of most
+        objectives, and Adam then makes full steps of rounding errors.
 
         Args:
             samples: completions of each prompt in a step, drawn from the table; None: all, exactly.

@@ -1,0 +1,98 @@
+"""The result of an evaluation, in memory and in its folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .estimates import Measure
+from .evaluation_files import COMPLETIONS, CompletionStore, read_result, write_result
+from .evaluation_measures import MEASURES
+from .report import format_table, read_history
+
+__all__ = ["Evaluation"]
+
+
+@dataclass
+class Evaluation:
+    """The result of :func:`evaluate`."""
+
+    name: str
+    problems: str
+    """Name of the problem set."""
+    settings: dict[str, Any]
+    """All that the result depends on."""
+    measures: dict[str, Measure]
+    """Means over prompts, in the order and with the units of ``evaluation_measures.MEASURES``."""
+    per_prompt: dict[str, list[float]]
+    """The values that the means are of, one per prompt; NaN where a prompt has none."""
+    pass_at_k: dict[int, Measure]
+    """The chance that one of k completions is right; empty without a scorer."""
+    completions: list[dict[str, Any]] = field(repr=False)
+    """The lines of ``completions.jsonl``."""
+    tokens_generated: int
+    """Tokens that the model made, those that a sampler rejected included."""
+    seconds: float
+    """Time that sampling took."""
+
+    def table(self) -> str:
+        """A text table: measure, mean, interval, prompts, and what it is."""
+        rows = [(name, m, MEASURES.get(name, "")) for name, m in self.measures.items()]
+        what = "share of prompts with a right completion among k"
+        rows += [(f"pass@{k}", m, what) for k, m in self.pass_at_k.items()]
+        level = f"{self.settings.get('confidence', 0.95):.0%} interval"
+        cells = [
+            (name, f"{m.value:.3f}", "" if math.isnan(m.low) else f"{m.low:.3f} to {m.high:.3f}", m.prompts, what)
+            for name, m, what in rows
+        ]
+        return format_table(cells, ("measure", "mean", level, "prompts", "of"))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``evaluation.json`` and ``completions.jsonl`` into ``folder``, which is made; returns it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        store = CompletionStore(folder)
+        store.records = list(self.completions)
+        store.save()
+        write_result(folder, self.to_dict())
+        return folder
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``evaluation.json`` holds: everything but the completions."""
+        return {
+            "complete": True,
+            "name": self.name,
+            "problems": self.problems,
+            "measures": {name: m.to_dict() for name, m in self.measures.items()},
+            "pass_at_k": {k: m.to_dict() for k, m in self.pass_at_k.items()},
+            "tokens_generated": self.tokens_generated,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "per_prompt": self.per_prompt,
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Evaluation:
+        """What :meth:`save` or :func:`evaluate` wrote; DataError where it is missing, unfinished or damaged."""
+        folder = Path(folder)
+        result = read_result(folder)
+        try:
+            return cls(
+                name=result["name"],
+                problems=result["problems"],
+                settings=result["settings"],
+                measures={name: Measure.from_dict(m) for name, m in result["measures"].items()},
+                per_prompt={
+                    name: [math.nan if v is None else float(v) for v in values]
+                    for name, values in result["per_prompt"].items()
+                },
+                pass_at_k={int(k): Measure.from_dict(m) for k, m in result["pass_at_k"].items()},
+                completions=read_history(folder / COMPLETIONS),
+                tokens_generated=result["tokens_generated"],
+                seconds=result["seconds"],
+            )
+        except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
+            raise DataError(f"{folder}: damaged evaluation ({type(error).__name__}: {error})") from error
