@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from .errors import ConfigError
-from .field_types import RENAMED, checked, config_error, matches, suggest
+from .field_types import RENAMED, alpha_request, checked, config_error, matches, suggest
 
 __all__ = ["PowerFlowConfig", "parse_value", "read_yaml", "suggest"]
 
@@ -68,8 +68,11 @@ class PowerFlowConfig:
     """
 
     # The target
-    alpha: float | None = _opt(
-        None, "exponent of the target p_base(y|q)^alpha: > 1 sharpens, < 1 flattens, 1 keeps the base model", gt=0
+    alpha: float | str | None = _opt(
+        None,
+        "exponent of the target p_base(y|q)^alpha: > 1 sharpens, < 1 flattens, 1 keeps the base; auto:entropy=0.8 "
+        "or auto:logp=-0.5 finds the one with that mean token entropy, or that log-prob per token under the base",
+        gt=0,
     )
     objective: str = _opt(
         "la_tb", "training loss by name, see docs/objectives.md; la_tb: length-aware trajectory balance"
@@ -219,7 +222,7 @@ class PowerFlowConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             setattr(self, f.name, checked(f, _FIELD_TYPES[f.name], getattr(self, f.name)))
-
+        alpha_request(self.alpha)
         for name, only in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != only:
                 raise config_error(
@@ -292,12 +295,12 @@ class PowerFlowConfig:
         """Optimizer steps made from one rollout while it is fresh."""
         return self.micro_batches_per_generation // self.gradient_accumulation_steps * self.num_iterations
 
-    def require_alpha(self) -> float:
-        """``alpha``, or :class:`ConfigError` when nobody set it."""
+    def require_alpha(self, *, auto: bool = True) -> float | str:
+        """``alpha``, or :class:`ConfigError` when nobody set it, or where it must be a number (``auto=False``)."""
         if self.alpha is None:
-            raise config_error(
-                "alpha is required and must be > 0: alpha=4 sharpens a base model, alpha=0.5 flattens it"
-            )
+            raise config_error("alpha is required and must be > 0: 4 sharpens a base model, 0.5 flattens it")
+        if isinstance(self.alpha, str) and not auto:
+            raise config_error(f"alpha must be a number here, got {self.alpha!r}: powerflow_fast.train takes it")
         return self.alpha
 
     def sequences_per_step(self, world_size: int = 1) -> int:

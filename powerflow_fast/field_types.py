@@ -8,11 +8,11 @@ import math
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from .errors import ConfigError
 
-__all__ = ["RENAMED", "checked", "config_error", "matches", "suggest"]
+__all__ = ["RENAMED", "AlphaRequest", "alpha_request", "checked", "config_error", "matches", "suggest"]
 
 # Names people bring from other trainers, with what to write here.
 RENAMED = {
@@ -62,6 +62,33 @@ def suggest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of ``names``, or an empty string."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class AlphaRequest(NamedTuple):
+    """What ``alpha="auto:..."`` asks for: a quantity of the trained policy, measured on its own completions."""
+
+    quantity: Literal["entropy", "logp"]
+    """The mean token entropy, or the mean over completions of their log-prob per token under the base model."""
+    value: float
+    """Nats: > 0 for the entropy, < 0 for the log-prob."""
+
+
+def alpha_request(alpha: float | str | None) -> AlphaRequest | None:
+    """What a field ``alpha`` of text asks for, None for a number; :class:`ConfigError` where it asks for nothing."""
+    if not isinstance(alpha, str):
+        return None
+    quantity, _, number = alpha.removeprefix("auto:").partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    signs = {"entropy": 1, "logp": -1}
+    if alpha.startswith("auto:") and math.isfinite(value) and value * signs.get(quantity, 0) > 0:
+        return AlphaRequest(quantity, value)
+    raise config_error(
+        "alpha must be a number, 'auto:entropy=NATS' with the mean token entropy to reach, > 0, or 'auto:logp=NATS' "
+        f"with the mean log-prob per token under the base model, < 0, got {alpha!r}"
+    )
 
 
 def config_error(message: str) -> ConfigError:

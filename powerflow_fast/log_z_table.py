@@ -76,6 +76,10 @@ class LogZTable:
             before = self._values.get(key, estimate)
             self._values[key] = before + (1 - self.momentum) * (estimate - before)
 
+    def shift(self, change: float) -> None:
+        """Add ``change`` to every value: what a new alpha does to all of them."""
+        self._values = {key: value + change for key, value in self._values.items()}
+
     def get(self, keys: Sequence[Key], default: Tensor) -> Tensor:
         """The values of ``keys`` and, where a key was never updated, its entry of ``default``.
 

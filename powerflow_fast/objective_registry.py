@@ -38,6 +38,8 @@ class Objective:
     """Whether the loss has statistics of a prompt's completions even with ``log_z`` given. With ``log_z=None`` and a
     partition, every objective needs them."""
     needs_rewards: bool = False
+    uses_alpha: bool = True
+    """Whether its target depends on the exponent."""
     needs_old_logps: bool = False
     """Whether it fails without ``old_logps``; all take them as the reason for an importance weight."""
     bound: Mapping[str, Any] = field(default_factory=dict)
@@ -161,6 +163,7 @@ OBJECTIVES: dict[str, Objective] = {
             target="the largest expected reward",
             when="a verifiable reward, and diversity is not wanted",
             partition=None,
+            uses_alpha=False,
             needs_groups=True,
             needs_rewards=True,
         ),

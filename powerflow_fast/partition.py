@@ -130,3 +130,8 @@ class LogZHead(nn.Module):
         if not math.isfinite(value):
             raise ValueError(f"LogZHead: the warm start must be finite, got {value}")
         self.layers[-1].bias.fill_(value)
+
+    @torch.no_grad()
+    def shift(self, change: float) -> None:
+        """Add ``change`` to what the head gives for every prompt."""
+        self.layers[-1].bias.add_(change)

@@ -34,6 +34,8 @@ __all__ = [
 METRICS = {
     "step": "optimizer steps made",
     "loss": "the objective; la_tb: mean w * delta^2 over the step's sequences, (nats/token)^2",
+    "alpha": "exponent that this step trained to, where alpha='auto:...' looks for it",
+    "policy_alpha": "exponent that the policy has come to: slope of log pi(y|q) / |y| over log p_base(y|q) / |y|",
     "delta_abs": "mean |delta|, nats/token",
     "policy_logp": "mean over sequences of log pi(y|q) / |y|, nats/token",
     "base_logp": "mean over sequences of log p_base(y|q) / |y|, nats/token",
@@ -77,6 +79,7 @@ class ProgressLine:
         parts = [f"step {step:>{len(str(self.total))}}/{self.total}"]
         for name, label, spec in (
             ("loss", "loss", ".4g"),
+            ("alpha", "α", ".3g"),
             ("delta_abs", "|δ|", ".3f"),
             ("log_z", "log Z", ".3f"),
             ("reward", "reward", ".3f"),
@@ -124,7 +127,7 @@ class ProgressLine:
         try:
             text.encode(encoding)
         except UnicodeEncodeError:
-            text = text.replace("δ", "delta").encode(encoding, "replace").decode(encoding)
+            text = text.replace("δ", "delta").replace("α", "alpha").encode(encoding, "replace").decode(encoding)
         self.stream.write(text)
         self.stream.flush()
 
@@ -224,13 +227,15 @@ def write_model_card(
     objective: str = "la_tb",
     how: tuple[str, str] | None = None,
     commit: str | None = None,
+    alpha_note: str | None = None,
     metrics: Sequence[tuple[str, Any, Any]] = (),
 ) -> Path:
     """``README.md`` of a trained model, with the YAML header that the Hugging Face hub reads.
 
-    ``objective`` is its name, ``how`` what it minimises and trains to, None for a function of the user's. ``metrics``
-    has rows (name, at the first step, at the last step); names in :data:`METRICS` are spelt out. A ``base_model`` that
-    is a local folder is named without its path, and ``config`` is shown without its paths.
+    ``objective`` is its name, ``how`` what it minimises and trains to, None for a function of the user's.
+    ``alpha_note`` says where alpha is from. ``metrics`` has rows (name, at the first step, at the last step); names in
+    :data:`METRICS` are spelt out. A ``base_model`` that is a local folder is named without its path, and ``config`` is
+    shown without its paths.
     """
     from huggingface_hub import ModelCardData
 
@@ -247,7 +252,7 @@ def write_model_card(
         "",
         *_what_it_is(name, alpha, objective, how),
         "",
-        f"- α: {alpha:g}",
+        f"- α: {alpha:g}" + (f", {alpha_note}" if alpha_note else ""),
         f"- base model: `{name}`",
         f"- prompts: {data_description}",
         f"- powerflow_fast: {__version__}" + (f", commit `{commit}`" if commit else ""),

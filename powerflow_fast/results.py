@@ -1,11 +1,13 @@
-"""What a finished run leaves in its folder: the model with its card, the log Z head, samples, a plot."""
+"""What a run hands over: reports of its steps, its result, and in its folder model, card, log Z head, samples, plot."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,11 +19,36 @@ from .models import save_model
 from .objective_registry import OBJECTIVES
 from .plots import plot_history
 
-__all__ = ["write_results"]
+__all__ = ["StepReport", "TrainResult", "write_results"]
 
 logger = logging.getLogger(__name__)
 
 _CARD_METRICS = ("entropy", "policy_logp", "base_logp", "length", "delta_abs", "reward")
+
+
+class StepReport(NamedTuple):
+    """What a callback gets after each optimiser step."""
+
+    step: int
+    metrics: dict[str, float]
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The trained model (in eval mode), its tokenizer, one dict per logged step, and the folder of the run."""
+
+    model: nn.Module
+    tokenizer: Any
+    history: list[dict[str, float]]
+    output_dir: Path
+    alpha: float | None = None
+    """The exponent; with ``alpha="auto:..."`` the one that was found."""
+
+    @property
+    def model_dir(self) -> Path:
+        """Loads with ``AutoModelForCausalLM.from_pretrained``; a LoRA run is merged into it."""
+        return self.output_dir / "model"
 
 
 def write_results(
@@ -34,6 +61,7 @@ def write_results(
     weights: dict[str, Tensor] | None,
     log_z_weights: dict[str, Tensor] | None,
     alpha: float,
+    alpha_note: str | None,
     base_model: str,
     data_description: str,
     config: PowerFlowConfig,
@@ -53,12 +81,17 @@ def write_results(
         alpha=alpha,
         base_model=base_model,
         data_description=data_description,
-        config=config.to_dict(),
+        alpha_note=alpha_note,
+        config=config.to_dict() | {"alpha": alpha},
         objective=config.objective,
         how=(known.formula, known.target) if (known := OBJECTIVES.get(config.objective)) else None,
         commit=git_commit(),
         metrics=[(name, steps[0][name], steps[-1][name]) for name in _CARD_METRICS if steps and name in steps[0]],
     )
+    if alpha_note is not None:
+        record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        record["alpha"] = {"value": alpha, "note": alpha_note}
+        (output_dir / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     report.write_samples(output_dir / "samples.md", *samples)
     if steps:
         options = {"alpha": alpha, "max_completion_length": config.max_completion_length, "objective": config.objective}

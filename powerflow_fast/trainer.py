@@ -21,7 +21,7 @@ def train(
     model: str | Path | nn.Module,
     prompts: Any,
     *,
-    alpha: float | None = None,
+    alpha: float | str | None = None,
     config: PowerFlowConfig | None = None,
     format_fn: FormatFn | str | None = None,
     eval_fn: EvalFn | None = None,
@@ -39,7 +39,11 @@ def train(
         model: hub name, local folder, or a loaded ``PreTrainedModel`` or ``PeftModel`` (trained in place).
         prompts: list of strings or of chat message lists, a ``datasets.Dataset``, or a path to .jsonl/.json/.parquet/
             .txt. Other columns of a row reach ``format_fn`` as keywords.
-        alpha: > 1 sharpens (4 for a base model, 2 for an instruct model), < 1 flattens (0.5).
+        alpha: > 1 sharpens (4 for a base model, 2 for an instruct model), < 1 flattens (0.5). ``"auto:entropy=0.8"``
+            finds the exponent with which the trained policy has that entropy, in nats, the mean over the tokens that it
+            samples; ``"auto:logp=-0.5"`` the one with that log-prob per token under p_base, log p_base(y|q) / |y|, the
+            mean over completions. ``TrainResult.alpha`` is what was found; a warning says so where the run ends more
+            than 5 % away.
         config: all other options; ``overrides`` are fields of it and win.
         format_fn: ``format_fn(prompt, completion, **columns) -> bool``; a completion for which it is False is scored
             with ``config.format_penalty`` nats per token added to its base log-prob. ``"boxed"`` is ready-made.

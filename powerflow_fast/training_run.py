@@ -13,16 +13,17 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from . import report
 from .alarms import Alarms
+from .alpha_control import make_alpha
 from .checkpoint import checkpoint_step, disk_full, latest_checkpoint, prepare_output_dir
 from .collection import Collector
 from .config import PowerFlowConfig
@@ -53,7 +54,7 @@ from .preparation import (
 )
 from .quantization import QUANTIZED, quantize_base
 from .replay import ReplayBuffer
-from .results import write_results
+from .results import StepReport, TrainResult, write_results
 from .rewards import resolve_format
 from .rollout import RolloutEngine, seeded
 from .rollout_choice import check_rollout_config, logp_gap, make_engine
@@ -70,29 +71,6 @@ __all__ = ["EvalFn", "Run", "StepReport", "TrainResult"]
 logger = logging.getLogger(__name__)
 
 EvalFn = Callable[[nn.Module, Any, int], dict[str, float]]
-
-
-class StepReport(NamedTuple):
-    """What a callback gets after each optimiser step."""
-
-    step: int
-    metrics: dict[str, float]
-    model: nn.Module
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The trained model (in eval mode), its tokenizer, one dict per logged step, and the folder of the run."""
-
-    model: nn.Module
-    tokenizer: Any
-    history: list[dict[str, float]]
-    output_dir: Path
-
-    @property
-    def model_dir(self) -> Path:
-        """Loads with ``AutoModelForCausalLM.from_pretrained``; a LoRA run is merged into it."""
-        return self.output_dir / "model"
 
 
 class Run:
@@ -112,7 +90,7 @@ class Run:
         objective_fn,
         engine: RolloutEngine | None,
     ):
-        self.config, self.alpha = config, config.require_alpha()
+        self.config = config
         self.format_fn, self.eval_fn, self.callbacks = resolve_format(format_fn), eval_fn, callbacks
         self.own_engine = engine
         self.objective: Objective
@@ -137,6 +115,8 @@ class Run:
         self.tokenizer, self.model_name = loaded.tokenizer, loaded.name
         self._encode_options = {"use_chat_template": config.use_chat_template, "system_prompt": config.system_prompt}
         check_prompts(self.dataset, self.tokenizer, loaded.model, config, self._encode_options)
+        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+        self.alpha = make_alpha(config, self.objective, own_engine=engine is not None, vocabulary=vocabulary)
         self.model = prepare_model(loaded.model, config).to(self.accelerator.device)
         self.unpatch = lambda: None
         try:
@@ -223,6 +203,8 @@ class Run:
         self.alarms = Alarms(config, warn=self.is_main)
         if "alarms" in self.state.counters:
             self.alarms.load_state_dict(self.state.counters["alarms"])
+        if "alpha" in self.state.counters:
+            self.alpha.load_state_dict(self.state.counters["alpha"])
         # A sharded policy is its own wrapper; otherwise accelerate's synchronises several devices.
         self.wrapped = self.policy if config.fsdp else accelerator.prepare(self.policy)
         self.optimizer = accelerator.prepare(optimizer)
@@ -231,7 +213,7 @@ class Run:
             self.base,
             accelerator,
             config,
-            alpha=self.alpha,
+            alpha=self.alpha.value,
             pad_id=pad_token_id(self.tokenizer, self.model),
             packing=packing,
             objective=self.objective,
@@ -299,7 +281,7 @@ class Run:
             finally:
                 self.unpatch()
                 self.log.close()
-        return TrainResult(self.model, self.tokenizer, self.log.history, self.output_dir)
+        return TrainResult(self.model, self.tokenizer, self.log.history, self.output_dir, self.alpha.landed)
 
     def _loop(self) -> None:
         config = self.config
@@ -324,6 +306,10 @@ class Run:
                 part = parts[update % len(parts)]
             else:
                 part = self.collector.replay(per_step // config.num_generations)
+            if self.alpha.needs_start:
+                with self._abandonable():
+                    scores = self.updater.score_policy(part, need_stats=True)
+                self._choose_alpha(part, scores.logps, scores.stats.entropy)
             # An untrained head starts at the best constant; a first step that is skipped leaves it untrained.
             if self.policy.log_z_head is not None and not self.optimizer.state:
                 self._warm_start(part)
@@ -373,6 +359,11 @@ class Run:
         self.log.completions(number, indices, texts)
         return samples
 
+    def _choose_alpha(self, samples: Samples, logps: Tensor, entropy: Tensor | None) -> None:
+        """The exponent of the next step, after fresh samples of the policy."""
+        self.updater.change_alpha(self.alpha.observe(samples, logps, entropy, self.accelerator), samples)
+        self.state.counters["alpha"] = self.alpha.state_dict()
+
     def _warm_start(self, samples: Samples) -> None:
         constant = self.updater.mean_target(samples)
         if math.isfinite(constant):  # else the step's gradient is not finite either, and it is dealt with there
@@ -381,14 +372,17 @@ class Run:
     def _step(self, samples: Samples, *, first: bool, logged: bool, timings: dict[str, float]) -> dict[str, float]:
         """One optimiser step, the ``first`` on its rollout or not; none where loss or gradient are not finite."""
         on_policy = first and self.collector.samples_policy and not self.objective.needs_old_logps
+        observed = first and self.alpha.auto
+        self.updater.steps_made = self.step
         started = time.perf_counter()
         self.wrapped.train()
         with self._abandonable():
-            sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged)
+            sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged or observed)
         max_norm = self.config.max_grad_norm or float("inf")
         grad_norm = whole_number(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
         loss = float(self.accelerator.reduce(sums.loss, reduction="sum"))
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        metrics |= self.alpha.metrics()
         bad = next((name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])), None)
         # Reduced numbers are everyone's, but a wrapper may compute the norm on its own: one that skips makes all skip.
         if self.accelerator.reduce(torch.tensor(float(bad is not None), device=self.accelerator.device)) > 0:
@@ -403,6 +397,8 @@ class Run:
                 self._stop_non_finite("weights", metrics)
             self.scheduler.step()
             self.updater.commit()
+            if observed:
+                self._choose_alpha(samples, sums.token_logps, sums.entropy)
             self.state.counters["skipped_in_a_row"] = 0
         self.optimizer.zero_grad(set_to_none=True)
         timings["update"] = time.perf_counter() - started
@@ -482,6 +478,7 @@ class Run:
         head_weights = None if head is None else whole(head.state_dict())
         weights = whole(self.model.state_dict()) if self.config.fsdp else None
         if self.is_main:
+            self.alpha.check()
             write_results(
                 self.output_dir,
                 self.model,
@@ -490,7 +487,8 @@ class Run:
                 samples=(before, after),
                 weights=weights,
                 log_z_weights=head_weights,
-                alpha=self.alpha,
+                alpha=self.alpha.landed,
+                alpha_note=self.alpha.summary(),
                 base_model=self.model_name,
                 data_description=self.dataset.description,
                 config=self.config,

@@ -64,6 +64,8 @@ class Trajectories:
         num_sequences: divisor of means over sequences: the sequences with tokens of the whole optimiser step, so that
             the losses of its micro-batches add up to the step's. None (or 0): those of this call.
         num_tokens: the same for means over tokens.
+        step: optimiser steps made before this one, for schedules: the trainer counts on when a run is resumed. None
+            where nobody counts.
 
     All floating tensors have logps' dtype, all tensors its device. A completion without tokens adds nothing to any sum,
     mean, group statistic or divisor.
@@ -86,6 +88,7 @@ class Trajectories:
     importance_level: ImportanceLevel = "sequence"
     num_sequences: int | None = None
     num_tokens: int | None = None
+    step: int | None = None
 
     def __post_init__(self) -> None:
         op = "Trajectories"
@@ -122,7 +125,7 @@ class Trajectories:
             raise ValueError(
                 f"{op}: importance_level must be 'sequence' or 'length_normalized', got {self.importance_level!r}"
             )
-        for name in ("num_sequences", "num_tokens"):
+        for name in ("num_sequences", "num_tokens", "step"):
             number = getattr(self, name)
             if number is None:
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -141,6 +142,8 @@ class Updater:
         self.config, self.alpha, self.pad_id, self.packing = config, alpha, pad_id, packing
         self._break_even = break_even(base.scorer.model, packing) if packing else None
         self.micro_batch_size, self.max_tokens = config.per_device_train_batch_size, config.max_tokens_per_batch
+        self.steps_made: int | None = None
+        """For objectives with a schedule; the trainer counts."""
         self._warned = False
 
     # Micro-batches
@@ -267,10 +270,24 @@ class Updater:
     def mean_target(self, samples: Samples) -> float:
         """The log Z that a constant would fit best: the mean over the sequences of all devices of log R − log π, per
         token where the objective's log Z is; with log R = α (log p_base + ψ |y|)."""
-        lengths = torch.tensor(samples.lengths, device=self.accelerator.device)
         logps = self.score_policy(samples).logps
-        excess = segment_sum(self.alpha * samples.base_logps.double() - logps.double(), samples.cu_seqlens)
-        target = excess + self.alpha * samples.psi * lengths
+        return self._mean_log_z(samples, logps, self.alpha)
+
+    def change_alpha(self, alpha: float, samples: Samples) -> None:
+        """Go on with another exponent. A learned or tabled log Z moves with it, as its best constant does for
+        completions like ``samples``: by the change of alpha times their mean of log p_base + ψ |y|."""
+        estimates = [self.accelerator.unwrap_model(self.policy).log_z_head, self.log_z_table]
+        if any(estimate is not None for estimate in estimates):
+            change = self._mean_log_z(samples, torch.zeros_like(samples.base_logps), alpha - self.alpha)
+            for estimate in estimates:
+                if estimate is not None and math.isfinite(change):
+                    estimate.shift(change)
+        self.alpha = alpha
+
+    def _mean_log_z(self, samples: Samples, logps: Tensor, alpha: float) -> float:
+        lengths = torch.tensor(samples.lengths, device=self.accelerator.device)
+        excess = segment_sum(alpha * samples.base_logps.double() - logps.double(), samples.cu_seqlens)
+        target = excess + alpha * samples.psi * lengths
         if self.objective.partition == "per_token":
             target = target / lengths.clamp(min=1)
         kept = lengths > 0
@@ -285,6 +302,7 @@ class Updater:
         counts = torch.tensor([sum(n > 0 for n in samples.lengths), sum(samples.lengths)], device=accelerator.device)
         sequences, tokens = accelerator.reduce(counts, reduction="sum").tolist()
         terms = {"on_policy": on_policy, "num_sequences": max(sequences, 1), "num_tokens": max(tokens, 1)}
+        terms["step"] = self.steps_made
         self._estimates.clear()
         # Whole groups in each micro-batch give their own statistics; otherwise the step scores its sequences first.
         whole_groups = self._grouped and self._groups_fit(samples)
@@ -331,7 +349,7 @@ class Updater:
         log_z: Tensor | None,
         *,
         on_policy: bool,
-        **divisors: int,
+        **numbers: int | None,
     ) -> ObjectiveOutput:
         trajectories = Trajectories(
             logps=logps,
@@ -345,7 +363,7 @@ class Updater:
             old_logps=None if on_policy else samples.old_logps,
             clip=self.config.importance_clip,
             importance_level=self.config.importance_level,
-            **divisors,
+            **numbers,
         )
         if self.log_z_table is not None:
             # Read before it is updated: the estimate is then independent of these very completions.

@@ -36,7 +36,7 @@ def test_schedules_are_those_of_transformers():
         ({"alpha": -1.0}, ["alpha", "> 0", "-1.0"]),
         ({"alpha": 0}, ["alpha", "> 0"]),
         ({"alpha": math.nan}, ["alpha", "finite", "nan"]),
-        ({"alpha": True}, ["alpha", "a number or None", "bool"]),
+        ({"alpha": True}, ["alpha", "a number or a string or None", "bool"]),
         ({"learning_rate": "1e-6"}, ["learning_rate", "a number", "str"]),
         ({"learning_rate": 0.0}, ["learning_rate", "> 0"]),
         ({"learning_rate": math.inf}, ["learning_rate", "finite"]),

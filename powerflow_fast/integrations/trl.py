@@ -133,7 +133,7 @@ class PowerFlowTRLConfig(GRPOConfig):
                 raise _error(f"{name} must be {required!r}, got {getattr(self, name)!r}: {why}")
         own = {name: getattr(self, name) for name in _OWN}
         own["importance_clip"] = tuple(own["importance_clip"])
-        PowerFlowConfig(**own, temperature=self.temperature).require_alpha()
+        PowerFlowConfig(**own, temperature=self.temperature).require_alpha(auto=False)
         super().__post_init__()
         per_process = self.per_device_train_batch_size * self.steps_per_generation
         if self.log_z == "group" and per_process % self.num_generations:
