@@ -5,11 +5,11 @@ Both lists are deterministic. The held-out prompts never occur among the trainin
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from itertools import chain
 
 from .errors import DataError
+from .scorers import full_marks, last_number
 
 __all__ = ["DemoPrompt", "creative_prompts", "demo_prompts", "reasoning_prompts", "reasoning_score"]
 
@@ -73,7 +73,6 @@ REASONING_FAMILIES: tuple[tuple[str, dict[str, int]], ...] = (
     ("gcd", {"max_value": 40}),
 )
 _SEED = 1
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -127,15 +126,7 @@ def reasoning_score(prompt: DemoPrompt, completion: str) -> float:
 
     The last number, because the model writes sentences ("4 - 1 = 3") where the task asks for a bare result.
     """
-    import reasoning_gym
-
-    numbers = _NUMBER.findall(completion)
     if prompt.entry is None:
         raise ValueError(f"reasoning_score: prompt {prompt.text!r} is no reasoning task")
-    if not numbers:
-        return 0.0
-    score = reasoning_gym.get_score_answer_fn(prompt.family)
-    try:
-        return float(score(numbers[-1], prompt.entry) == 1.0)
-    except (ValueError, TypeError, ArithmeticError):  # some scorers parse the answer without a guard
-        return 0.0
+    given = last_number(completion)
+    return 0.0 if given is None else full_marks(prompt.family, given, prompt.entry)

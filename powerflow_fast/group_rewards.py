@@ -23,6 +23,7 @@ from .config import suggest
 from .dispatch import require_tensor
 from .errors import ConfigError
 from .logprobs import check_cu_seqlens, segment_sum
+from .user_functions import Columns, number_of
 
 __all__ = [
     "REWARDS",
@@ -346,7 +347,7 @@ def user_reward(fn: Callable[..., Any], *, name: str | None = None) -> Reward:
         raise ConfigError(f"reward {name!r} must be a function with a signature: {error}") from error
     parameters = signature.parameters.values()
     if "completions" in signature.parameters:
-        return Reward(name, _TextReward(fn, name, parameters).batch)
+        return Reward(name, _TextReward(fn, name, Columns(parameters)).batch)
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     enough = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if not enough or "completion" in positional[:1] + positional[2:]:
@@ -354,30 +355,25 @@ def user_reward(fn: Callable[..., Any], *, name: str | None = None) -> Reward:
             f"reward {name!r} must take (prompt, completion, **columns), or for whole batches keywords with "
             f"`completions` among them, got {name}{signature}"
         )
-    return Reward(name, _TextReward(fn, name, [p for p in parameters if p.name not in positional[:2]]).single)
+    return Reward(name, _TextReward(fn, name, Columns.of(signature)).single)
 
 
 class _TextReward:
-    """``fn`` under the conventions of :func:`user_reward`; ``parameters`` are those that it gets by keyword."""
+    """``fn`` under the conventions of :func:`user_reward`."""
 
-    def __init__(self, fn: Callable[..., Any], name: str, parameters: Iterable[inspect.Parameter]):
-        self.fn, self.name = fn, name
-        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self.named = {p.name for p in named}
-        self.required = [p.name for p in named if p.default is p.empty]
+    def __init__(self, fn: Callable[..., Any], name: str, columns: Columns):
+        self.fn, self.name, self.columns = fn, name, columns
 
     def single(self, inputs: RewardInputs) -> Tensor:
         values = []
         rows = zip(inputs.prompts, inputs.completions, inputs.columns, strict=True)
         for number, (prompt, completion, row) in enumerate(rows):
-            columns = {k: v for k, v in row.items() if k not in ("prompt", "completion")}
-            result = self.fn(prompt, completion, **self._keywords(columns, inputs, number))
+            result = self.fn(prompt, completion, **self._keywords(row, inputs, number))
             values.append(_number(self.name, result, inputs, number))
         return _tensor(values, inputs)
 
     def batch(self, inputs: RewardInputs) -> Tensor:
-        names = dict.fromkeys(name for row in inputs.columns for name in row if name not in ("prompt", "completion"))
+        names = dict.fromkeys(name for row in inputs.columns for name in row)
         given: dict[str, Any] = {name: [row.get(name) for row in inputs.columns] for name in names}
         given["prompts"] = list(inputs.prompts)
         given["completions"] = [
@@ -396,24 +392,22 @@ class _TextReward:
         return _tensor([_number(self.name, value, inputs, i) for i, value in enumerate(result)], inputs)
 
     def _keywords(self, given: Mapping[str, Any], inputs: RewardInputs, number: int) -> dict[str, Any]:
-        if missing := [name for name in self.required if name not in given]:
+        chosen = self.columns.chosen(given)
+        if missing := [name for name in self.columns.required if name not in chosen]:
             raise ConfigError(
                 f"reward {self.name!r} needs the column {missing[0]!r}, which {inputs.describe(number)} lacks; its "
                 f"columns: {', '.join(inputs.columns[number]) or 'none'}"
             )
-        return {name: value for name, value in given.items() if self.takes_all or name in self.named}
+        return chosen
 
 
 def _number(name: str, value: Any, inputs: RewardInputs, number: int) -> float:
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        result = float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+    result = number_of(value)
+    if result is None:
         raise ConfigError(
             f"reward {name!r} must give a number, got {_shown(value)} for {inputs.describe(number)}"
             + ("; return 0.0 where the reward does not apply" if value is None else "")
-        ) from None
+        )
     if not math.isfinite(result):
         raise ConfigError(f"reward {name!r} must give a finite number, got {result} for {inputs.describe(number)}")
     return result

@@ -13,6 +13,7 @@ from typing import Any
 from .answers import extract_answer
 from .config import suggest
 from .errors import ConfigError
+from .user_functions import Columns
 
 __all__ = ["FORMATS", "boxed_answer", "format_penalties", "resolve_format"]
 
@@ -57,13 +58,10 @@ def format_penalties(
     """
     if format_fn is None:
         return [0.0] * len(completions)
-    parameters = inspect.signature(format_fn).parameters.values()
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    named = {p.name for p in parameters}
+    wanted = Columns.of(inspect.signature(format_fn))
     penalties = []
     for prompt, completion, row in zip(prompts, completions, columns, strict=True):
-        keywords = {k: v for k, v in row.items() if k not in ("prompt", "completion") and (takes_all or k in named)}
-        ok = format_fn(prompt, completion, **keywords)
+        ok = format_fn(prompt, completion, **wanted.chosen(row))
         if not isinstance(ok, bool) and type(ok).__name__ not in ("bool", "bool_"):  # numpy's bool is another type
             raise ConfigError(f"format_fn must return True or False, got {ok!r} ({type(ok).__name__})")
         penalties.append(0.0 if ok else penalty)

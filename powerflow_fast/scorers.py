@@ -28,6 +28,7 @@ from .answers import (
 from .config import suggest
 from .data import PromptRow
 from .errors import ConfigError, DataError, ScorerError
+from .user_functions import Columns, number_of
 
 __all__ = [
     "SCORERS",
@@ -37,6 +38,7 @@ __all__ = [
     "check_columns",
     "choice_score",
     "exact_score",
+    "full_marks",
     "last_number",
     "math_answer",
     "math_score",
@@ -79,32 +81,24 @@ class NamedScorer:
             )
 
     @cached_property
-    def _keywords(self) -> list[inspect.Parameter]:
-        parameters = list(inspect.signature(self.function).parameters.values())
-        first_two = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
-        return [p for p in parameters if p not in first_two and p.kind is not p.VAR_POSITIONAL]
+    def _columns(self) -> Columns:
+        return Columns.of(inspect.signature(self.function))
 
-    @cached_property
+    @property
     def required(self) -> tuple[str, ...]:
         """The columns that every row must have."""
-        return tuple(p.name for p in self._keywords if p.kind is not p.VAR_KEYWORD and p.default is p.empty)
+        return self._columns.required
 
     def __call__(self, prompt: Any, completion: str, /, **columns: Any) -> float:
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in self._keywords)
-        named = {p.name for p in self._keywords}
-        given = {k: v for k, v in columns.items() if k not in ("prompt", "completion") and (takes_all or k in named)}
         try:
-            value = self.function(prompt, completion, **given)
+            value = self.function(prompt, completion, **self._columns.chosen(columns))
         except Exception as error:  # whatever a user's function raises
             raise ScorerError(f"scorer {self.name!r} raised {type(error).__name__}: {error}") from error
-        try:
-            if isinstance(value, (str, bytes)):
-                raise TypeError
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+        number = number_of(value)
+        if number is None:
             raise ScorerError(
                 f"scorer {self.name!r} must return a number, got {str(value)[:60]!r} ({type(value).__name__})"
-            ) from None
+            )
         if not math.isfinite(number):
             raise ScorerError(f"scorer {self.name!r} must return a finite number, got {number}")
         return number
@@ -253,11 +247,17 @@ def reasoning_gym_score(prompt: Any, completion: str, *, task: str, entry: dict[
     Its partial marks (a right answer among other words) count as 0, and so does an answer that its rule cannot read.
     ``entry`` is the item of its dataset.
     """
+    return full_marks(task, reasoning_gym_answer(completion), entry)
+
+
+def full_marks(task: str, answer: str, entry: dict[str, Any]) -> float:
+    """1.0 where reasoning-gym's own rule for ``task`` gives ``answer`` full marks, else 0.0; so too where it cannot
+    read it."""
     import reasoning_gym
 
     rule = reasoning_gym.get_score_answer_fn(task)
     try:
-        return float(rule(reasoning_gym_answer(completion), entry) == 1.0)
+        return float(rule(answer, entry) == 1.0)
     except Exception:  # some rules parse the answer without a guard, each raises its own kind
         return 0.0
 
