@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,8 @@ class BaseModel:
     fingerprint: str
     rows: int
     """Size of its vocabulary."""
+    tokenizer: Any = None
+    """Its own, where it was loaded here; None: that of the policy."""
 
 
 def resolve_base(base: str | Path | nn.Module, policy: nn.Module | None, *, dtype: Any = "auto") -> BaseModel:
@@ -67,12 +70,12 @@ def resolve_base(base: str | Path | nn.Module, policy: nn.Module | None, *, dtyp
         return BaseModel(scorer, "adapter off", weights_fingerprint(policy), len(scorer.scorer.head.weight))
     device = None if policy is None else next(policy.parameters()).device
     if isinstance(base, nn.Module):
-        name, model = getattr(base, "name_or_path", "") or type(base).__name__, base
+        name, model, tokenizer = getattr(base, "name_or_path", "") or type(base).__name__, base, None
     else:
         loaded = load_model(base, dtype=dtype, device=device)
-        name, model = loaded.name, loaded.model
+        name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
     scorer = BaseScorer(CausalLMScorer(model), mode="copy")
-    return BaseModel(scorer, Path(name).name, weights_digest(model), len(scorer.scorer.head.weight))
+    return BaseModel(scorer, Path(name).name, weights_digest(model), len(scorer.scorer.head.weight), tokenizer)
 
 
 def fill_likelihoods(
@@ -111,6 +114,8 @@ def fill_likelihoods(
     device, pad = scorer.head.weight.device, pad_token_id(tokenizer, model)
     options = {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
     prompts = {i: encode_prompt(rows[i], tokenizer, **options) for i in sorted({r["problem"] for r in todo})}
+    if base is not None and base.tokenizer is not None:
+        _check_same_tokens(base, tokenizer, {*chain(*prompts.values()), *chain(*(r["ids"] for r in todo))})
     positions = max_positions(model)
     for record in todo if positions is not None else ():
         if (length := len(prompts[record["problem"]]) + len(record["ids"])) > positions:
@@ -138,3 +143,15 @@ def fill_likelihoods(
                     record["entropy"] = None
     finally:
         store.save()
+
+
+def _check_same_tokens(base: BaseModel, tokenizer: Any, used: set[int]) -> None:
+    """ConfigError where the base reads other text in a token of ``used`` than the model does."""
+    ids = sorted(used)
+    texts = zip(tokenizer.convert_ids_to_tokens(ids), base.tokenizer.convert_ids_to_tokens(ids), strict=True)
+    for token, (own, other) in zip(ids, texts, strict=True):
+        if own != other:
+            raise ConfigError(
+                f"evaluate: base {base.name!r} must share the model's vocabulary; token {token} is {own!r} to the "
+                f"model and {other!r} to the base"
+            )

@@ -8,7 +8,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, OutputDirError
 
 __all__ = ["add_commands"]
 
@@ -137,10 +137,12 @@ def _judge(given: dict[str, Any]) -> Any:
             raise ConfigError(f"--judge-key-file {given['judge_key_file']}: cannot be read ({error})") from error
     from .judge import Judge
 
-    cache = Path(given["output_dir"], "judge.jsonl") if "output_dir" in given else None
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-    return Judge(given["judge_url"], given["judge_model"], api_key=key, cache=cache)
+    folder = given.get("output_dir")
+    try:
+        cache = None if folder is None else Path(folder, "judge.jsonl")
+        return Judge(given["judge_url"], given["judge_model"], api_key=key, cache=cache)
+    except OSError as error:
+        raise OutputDirError(f"--output-dir {folder} cannot be used: {error.strerror or error}") from error
 
 
 def _scorer(text: str) -> Any:

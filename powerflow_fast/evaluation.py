@@ -23,7 +23,7 @@ from .checkpoint import get_rng_state, git_commit, set_rng_state
 from .completion_scores import fill_likelihoods, fill_scores, resolve_base
 from .data import PromptRow
 from .diversity import Encoder, minilm_encoder, self_bleu
-from .errors import ConfigError, JudgeError, ScorerError
+from .errors import ConfigError, JudgeError, OutputDirError, ScorerError
 from .estimates import mean_interval, pass_at_k
 from .evaluation_files import (
     CompletionStore,
@@ -253,6 +253,7 @@ def during_training(
     The same problems, seed and settings at every step, so that the numbers of ``history.jsonl`` ("eval/accuracy",
     "eval/length", "eval/pass@4", ...) differ by the weights alone. ``options`` are those of :func:`evaluate`, with
     "accuracy" and "length" as the usual measures; with ``output_dir`` each step gets a folder ``step-N`` in it.
+    OutputDirError at step 0 where there are such folders of an earlier run.
     """
     options.setdefault("measures", ("accuracy", "length"))
     fixed = load_problems(problems, limit=limit, scorer=options.pop("scorer", "auto"))
@@ -263,6 +264,13 @@ def during_training(
     ks = _checked_ks(ks, num_samples)
 
     def eval_fn(model: Any, tokenizer: Any, step: int) -> dict[str, float]:
+        if step == 0 and folder is not None:  # else a later step would end the run
+            earlier = sorted(path.name for path in Path(folder).glob("step-*") if path.name != "step-0")
+            if earlier:
+                raise OutputDirError(
+                    f"during_training: output_dir {folder} holds evaluations of an earlier run, such as {earlier[0]}; "
+                    "remove them, or choose another output_dir"
+                )
         place = None if folder is None else Path(folder) / f"step-{step}"
         given = {"tokenizer": tokenizer, "num_samples": num_samples, "ks": ks, "output_dir": place, **options}
         result = evaluate(model, fixed, **given)

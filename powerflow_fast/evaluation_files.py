@@ -81,7 +81,8 @@ class CompletionStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """The folder is this evaluation's alone; the system lets go of it when the process ends, however it ends."""
-        descriptor = os.open(self.folder, os.O_RDONLY)
+        with self._writing():
+            descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import one_thread, tiny_model, tiny_tokenizer  # noqa: F401 - a fixture that works by itself
 
+from powerflow_fast.cli import main
 from powerflow_fast.comparison import write_comparison
 from powerflow_fast.errors import (
     ConfigError,
@@ -105,6 +106,33 @@ def test_some_answers_are_not_enough(tiny):
         run(tiny, [PROBLEMS[0], {"prompt": "b"}], scorer="auto")
     with pytest.raises(ScorerError, match="number_score: answer must be a number, got 'ten'"):
         run(tiny, [{"prompt": "1+", "answer": "ten"}], scorer="number", sampler=Counting())
+
+
+def test_a_base_with_other_tokens_is_refused(tiny, tmp_path):
+    base, tokenizer = tiny_model(seed=1), tiny_tokenizer()
+    base.save_pretrained(tmp_path)
+    text = tokenizer.backend_tokenizer.to_str()
+    swapped = text.replace('"1":', '"%%":', 1).replace('"2":', '"1":', 1).replace('"%%":', '"2":', 1)
+    assert text != swapped
+    type(tokenizer)(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(swapped)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="must share the model's vocabulary; token 31 is '1' to the model and '2'"):
+        run(tiny, base=tmp_path)
+
+
+def test_evaluations_of_an_earlier_training_run(tiny, tmp_path):
+    eval_fn = during_training(PROBLEMS, num_samples=1, scorer="exact", max_completion_length=2, output_dir=tmp_path)
+    for step in (0, 2):
+        eval_fn(*tiny, step)
+    eval_fn(*tiny, 2)  # of a run that goes on
+    with pytest.raises(OutputDirError, match="holds evaluations of an earlier run, such as step-2; remove them"):
+        eval_fn(*tiny, 0)
+
+
+def test_a_judge_in_a_folder_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["eval", "--model", "m", "--problems", "creative", "--output-dir", str(tmp_path / "file" / "out")]
+    assert main([*words, "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "j"]) == 2
+    assert "out cannot be used: Not a directory" in capsys.readouterr().err
 
 
 def test_what_a_sampler_counts_is_kept(tiny, tmp_path):
