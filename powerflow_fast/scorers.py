@@ -195,12 +195,18 @@ def number_score(prompt: Any, completion: str, *, answer: Any) -> float:
     For models that write sentences ("4 - 1 = 3") and know of no box. A number at which a completion was cut off counts
     as its last one.
     """
-    try:
-        wanted = Decimal(str(answer).replace(",", "").strip())
-    except InvalidOperation:
-        raise ValueError(f"number_score: answer must be a number, got {answer!r}") from None
+    wanted = _decimal(answer)
+    if wanted is None:
+        raise ValueError(f"number_score: answer must be a number, got {answer!r}")
     given = last_number(completion)
     return float(given is not None and Decimal(given) == wanted)
+
+
+def _decimal(answer: Any) -> Decimal | None:
+    try:
+        return Decimal(str(answer).replace(",", "").strip())
+    except InvalidOperation:
+        return None
 
 
 # Letters
@@ -227,7 +233,11 @@ def read_letter(completion: str) -> str | None:
 
 def choice_score(prompt: Any, completion: str, *, answer: Any) -> float:
     """1.0 where :func:`read_letter` finds the letter ``answer``, else 0.0."""
-    return float(read_letter(completion) == str(answer).strip().strip("()").upper())
+    return float(read_letter(completion) == _letter(answer))
+
+
+def _letter(answer: Any) -> str:
+    return str(answer).strip().strip("()").upper()
 
 
 # reasoning-gym
@@ -300,15 +310,29 @@ def resolve_scorer(scorer: str | Scorer | None) -> NamedScorer | None:
     return NamedScorer(getattr(scorer, "__name__", None) or type(scorer).__name__, scorer)
 
 
+# What the column "answer" must be, and whether it is; else every completion would be wrong, or the scorer raise.
+_ANSWERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "math": ("a text or a number", lambda answer: True),
+    "boxed": ("a text or a number", lambda answer: True),
+    "exact": ("a text or a number", lambda answer: True),
+    "number": ("a number", lambda answer: _decimal(answer) is not None),
+    "choice": ("a letter from A to J", lambda answer: re.fullmatch("[A-J]", _letter(answer)) is not None),
+}
+
+
 def check_columns(scorer: NamedScorer, rows: Iterable[PromptRow]) -> None:
-    """:class:`DataError` naming the column and the first row where ``scorer`` lacks one that it needs."""
+    """:class:`DataError` naming the column and the first row where ``scorer`` lacks one that it needs, or where the
+    answer is none that a ready-made scorer could find."""
+    form, fits = _ANSWERS[scorer.name] if SCORERS.get(scorer.name) is scorer and scorer.name in _ANSWERS else ("", None)
     for row in rows:
         for name in scorer.required:
             value = row.extra.get(name)
-            if value is None or (isinstance(value, str) and not value.strip()):
+            if value is None or (isinstance(value, str) and not value.strip()) or value != value:  # NaN
                 found = ", ".join(map(repr, row.extra)) or "none besides the prompt"
                 state = "is empty" if name in row.extra else f"is missing (columns: {found})"
                 raise DataError(
                     f"{row.where}: scorer {scorer.name!r} needs the column {name!r}, which {state}; add it, or choose "
                     "another scorer or scorer=None"
                 )
+            if fits is not None and name == "answer" and not (isinstance(value, (str, int, float)) and fits(value)):
+                raise DataError(f"{row.where}: scorer {scorer.name!r} needs {form} as 'answer', got {value!r:.80}")

@@ -104,8 +104,27 @@ def test_models_and_samplers_that_do_not_fit(tiny):
 def test_some_answers_are_not_enough(tiny):
     with pytest.raises(DataError, match=r"prompts\[1\]: scorer 'math' needs the column 'answer', which is missing"):
         run(tiny, [PROBLEMS[0], {"prompt": "b"}], scorer="auto")
-    with pytest.raises(ScorerError, match="number_score: answer must be a number, got 'ten'"):
-        run(tiny, [{"prompt": "1+", "answer": "ten"}], scorer="number", sampler=Counting())
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "message"),
+    [
+        ("number", "ten", "scorer 'number' needs a number as 'answer', got 'ten'"),
+        ("choice", 2, "scorer 'choice' needs a letter from A to J as 'answer', got 2"),
+        ("math", ["1", "2"], "scorer 'math' needs a text or a number as 'answer', got ['1', '2']"),
+        ("exact", float("nan"), "scorer 'exact' needs the column 'answer', which is empty"),
+    ],
+)
+def test_answers_that_no_completion_could_give(tiny, scorer, answer, message):
+    sampler = Counting()
+    with pytest.raises(DataError) as error:
+        run(
+            tiny,
+            [PROBLEMS[0] | {"answer": "A" if scorer == "choice" else "3"}, {"prompt": "a", "answer": answer}],
+            scorer=scorer,
+            sampler=sampler,
+        )
+    assert str(error.value).startswith(f"prompts[1]: {message}") and not sampler.calls
 
 
 def test_a_base_with_other_tokens_is_refused(tiny, tmp_path):
