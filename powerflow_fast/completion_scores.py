@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from .data import PromptRow, encode_prompt
-from .errors import ConfigError, ScorerError
+from .errors import ConfigError, ModelError, ScorerError
 from .evaluation_files import CompletionStore, weights_digest
 from .heads import evaluating, is_peft
 from .models import BaseScorer, CausalLMScorer, load_model, max_positions, pad_token_id, weights_fingerprint
@@ -20,7 +21,7 @@ from .packing import pad_batch, segment_sum
 from .samples import runs
 from .scorers import NamedScorer
 
-__all__ = ["BaseModel", "fill_likelihoods", "fill_scores", "resolve_base"]
+__all__ = ["BaseModel", "check_vocabulary", "fill_likelihoods", "fill_scores", "resolve_base"]
 
 
 def fill_scores(store: CompletionStore, rows: Sequence[PromptRow], scorer: NamedScorer) -> None:
@@ -93,7 +94,8 @@ def fill_likelihoods(
     """Give each record its "logp" (nats, all tokens of the completion), its "entropy" (mean over the tokens, nats; None
     without tokens), and its "base_logp" where there is a base, all of softmax(logits / temperature).
 
-    Records that have them are passed over. What is done when something fails is kept.
+    Records that have them are passed over. What is done when something fails is kept; a number that is not finite is a
+    ModelError.
     """
     todo = [r for r in store.records if r.get("logp") is None or (base is not None and r.get("base_logp") is None)]
     if not todo:
@@ -103,19 +105,14 @@ def fill_likelihoods(
             f"evaluate: measures of log-probs need token ids; the completion {missing[0]['sample']} of problem "
             f"{missing[0]['problem']} has none: pass tokenizer="
         )
-    largest = max((max(r["ids"], default=0) for r in todo), default=0)
-    if base is not None and largest >= base.rows:
-        raise ConfigError(
-            f"evaluate: base {base.name!r} must share the model's vocabulary; token {largest} is beyond its {base.rows}"
-        )
-    scorer = CausalLMScorer(model)
+    scorer, largest = CausalLMScorer(model), max((max(r["ids"], default=0) for r in todo), default=0)
     if largest >= (vocabulary := len(scorer.head.weight)):
         raise ConfigError(f"evaluate: 'ids' of the completions hold the token {largest}, the model has {vocabulary}")
     device, pad = scorer.head.weight.device, pad_token_id(tokenizer, model)
     options = {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
     prompts = {i: encode_prompt(rows[i], tokenizer, **options) for i in sorted({r["problem"] for r in todo})}
-    if base is not None and base.tokenizer is not None:
-        _check_same_tokens(base, tokenizer, {*chain(*prompts.values()), *chain(*(r["ids"] for r in todo))})
+    if base is not None:
+        check_vocabulary(base, tokenizer, {*chain(*prompts.values()), *chain(*(r["ids"] for r in todo))})
     positions = max_positions(model)
     for record in todo if positions is not None else ():
         if (length := len(prompts[record["problem"]]) + len(record["ids"])) > positions:
@@ -137,6 +134,7 @@ def fill_likelihoods(
             if base is not None:
                 logps = base.scorer.score(batch, temperature=temperature)
                 found["base_logp"] = segment_sum(logps, batch.cu_seqlens).tolist()
+            _check_finite(records, found, base)
             for k, record in enumerate(records):
                 record.update({name: values[k] for name, values in found.items()})
                 if not record["ids"]:
@@ -145,9 +143,15 @@ def fill_likelihoods(
         store.save()
 
 
-def _check_same_tokens(base: BaseModel, tokenizer: Any, used: set[int]) -> None:
-    """ConfigError where the base reads other text in a token of ``used`` than the model does."""
+def check_vocabulary(base: BaseModel, tokenizer: Any, used: set[int]) -> None:
+    """ConfigError where the base has no token of ``used``, or reads other text in it than the model does."""
     ids = sorted(used)
+    if ids and ids[-1] >= base.rows:
+        raise ConfigError(
+            f"evaluate: base {base.name!r} must share the model's vocabulary; token {ids[-1]} is beyond its {base.rows}"
+        )
+    if base.tokenizer is None:
+        return
     texts = zip(tokenizer.convert_ids_to_tokens(ids), base.tokenizer.convert_ids_to_tokens(ids), strict=True)
     for token, (own, other) in zip(ids, texts, strict=True):
         if own != other:
@@ -155,3 +159,16 @@ def _check_same_tokens(base: BaseModel, tokenizer: Any, used: set[int]) -> None:
                 f"evaluate: base {base.name!r} must share the model's vocabulary; token {token} is {own!r} to the "
                 f"model and {other!r} to the base"
             )
+
+
+def _check_finite(
+    records: Sequence[Mapping[str, Any]], found: Mapping[str, Sequence[float]], base: BaseModel | None
+) -> None:
+    for name, values in found.items():
+        for record, value in zip(records, values, strict=True):
+            if record["ids"] and not math.isfinite(value):
+                of = "the model" if base is None or name != "base_logp" else f"base {base.name!r}"
+                raise ModelError(
+                    f"evaluate: {name} of the completion {record['sample']} of problem {record['problem']} is {value} "
+                    f"under {of}; are its weights finite?"
+                )

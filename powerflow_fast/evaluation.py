@@ -20,8 +20,8 @@ from torch import nn
 
 from . import __version__
 from .checkpoint import get_rng_state, git_commit, set_rng_state
-from .completion_scores import fill_likelihoods, fill_scores, resolve_base
-from .data import PromptRow
+from .completion_scores import check_vocabulary, fill_likelihoods, fill_scores, resolve_base
+from .data import PromptRow, encode_prompt
 from .diversity import Encoder, minilm_encoder, self_bleu
 from .errors import ConfigError, JudgeError, OutputDirError, ScorerError
 from .estimates import mean_interval, pass_at_k
@@ -189,6 +189,9 @@ def evaluate(
         common = {"max_completion_length": max_completion_length, "batch_size": batch_size, **prompt_options}
         drawn_by = resolve_sampler(sampler, lm, tokenizer, **common)
         _check_sampler(drawn_by, problem_set.rows)
+    if base_model is not None:
+        prompts = (encode_prompt(row, tokenizer, **prompt_options) for row in problem_set.rows)
+        check_vocabulary(base_model, tokenizer, {token for prompt in prompts for token in prompt})
     settings = {
         "model": model_name,
         "weights": None if lm is None else weights_digest(lm),

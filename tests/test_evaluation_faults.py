@@ -135,7 +135,17 @@ def test_a_base_with_other_tokens_is_refused(tiny, tmp_path):
     assert text != swapped
     type(tokenizer)(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(swapped)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="must share the model's vocabulary; token 31 is '1' to the model and '2'"):
-        run(tiny, base=tmp_path)
+        run(tiny, base=tmp_path, sampler=(sampler := Counting()))
+    assert not sampler.calls
+
+
+def test_a_broken_base_is_named(tiny):
+    base = tiny_model(seed=1)
+    base.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(
+        ModelError, match=r"base_logp of the completion . of problem . is nan under base 'LlamaForCausalLM'"
+    ):
+        run(tiny, base=base)
 
 
 def test_evaluations_of_an_earlier_training_run(tiny, tmp_path):
