@@ -282,7 +282,7 @@ def claims(rows: list[Row]) -> list[Claim]:
     return made
 
 
-LABELS = {"entropy": "token entropy, nats", "logp": "log-prob per token under the base model, nats"}
+LABELS = {"entropy": "token entropy, nats", "logp": "log-prob per token under the base, nats"}
 
 
 def draw_curves(figure: Figure, rows: list[Row]) -> None:
@@ -330,7 +330,7 @@ def draw_search(figure: Figure, rows: list[Row]) -> None:
             column[0].axhline(wanted, color=color, linewidth=0.8, linestyle=":")
             column[1].plot(row["at"], row["alphas"], color=color)
             column[1].axhline(row["exact_alpha"], color=color, linewidth=0.8, linestyle=":")
-        column[0].set_ylabel(LABELS[quantity], fontsize=8)
+        column[0].set_ylabel(LABELS[quantity], fontsize=7.5)
         column[1].set_ylabel("α (dotted: exact)")
         column[1].set_yscale("log", base=2)
         column[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -338,7 +338,7 @@ def draw_search(figure: Figure, rows: list[Row]) -> None:
         for axes in column:
             tidy(axes)
         if of:
-            column[0].legend(fontsize=7, frameon=False)
+            column[0].legend(fontsize=7, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def draw_sums(figure: Figure, rows: list[Row]) -> None:
