@@ -257,8 +257,8 @@ def body(rows: list[Row]) -> str:
     parts = ["## All numbers", table(header, lines)]
     parts.append(
         f"{SAMPLES} completions of each of {len(rows[0]['correct'])} held-out problems; intervals resample problems. "
-        f"Strategies and answers: distinct ones among the {SAMPLES}; what is none of the five strategies counts as one. "
-        "All greedy completions of a problem are equal, and made once."
+        f"Strategies and answers: distinct ones among the {SAMPLES}; what is none of the five counts as one. "
+        "All greedy completions of a problem are equal."
     )
     rates = sorted({row["learning_rate"] for row in rows if "learning_rate" in row})
     if len(rates) > 1:

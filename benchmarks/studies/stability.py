@@ -115,7 +115,7 @@ def _of_method(rows: list[Row], method: str) -> list[Claim]:
                 for name, e in distinct.items()
             ),
             Claim(
-                f"{method} at α = 0.5 does not repeat itself: repeated 4-grams rise by less than one point (in every seed).",
+                f"{method} at α = 0.5 does not repeat itself: repeated 4-grams rise by less than a point (all seeds).",
                 all(a < repetition.before + 0.01 for a in repetition.after),
                 f"{repetition}.",
             ),
@@ -135,7 +135,7 @@ def _of_method(rows: list[Row], method: str) -> list[Claim]:
     best = max(_curve(rows, method, 4.0, "accuracy"))
     return [
         Claim(
-            f"{method} at α = 0.5 repeats itself: repeated 4-grams rise by more than one point (in every seed).",
+            f"{method} at α = 0.5 repeats itself: repeated 4-grams rise by more than a point (in every seed).",
             all(a > repetition.before + 0.01 for a in repetition.after),
             f"{repetition}.",
         ),
