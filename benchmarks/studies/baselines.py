@@ -43,7 +43,7 @@ UNSUPERVISED = ("EMPO", "TTRL", "Intuitor", "RENT")
 RATES = dict.fromkeys(TRAINED, (2e-4, 5e-4, 1e-3)) | dict.fromkeys(("Intuitor", "RENT"), (5e-5, 2e-4, 5e-4, 1e-3))
 """Learning rates, all tried with the first seed; the other seeds have the best of them, ``BEST_RATE``. Lower ones for
 the two that no other rate suits."""
-BEST_RATE = dict.fromkeys(TRAINED, 5e-4)
+BEST_RATE = dict.fromkeys(TRAINED, 5e-4) | {"TTRL": 2e-4, "Intuitor": 5e-5, "RENT": 5e-5}
 SAMPLES = 16
 KS = (1, 2, 4, 8, 16)
 LOOK: dict[str, Look] = {
