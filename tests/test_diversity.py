@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import random
 
 import numpy
 import pytest
@@ -44,6 +45,18 @@ def test_self_bleu_by_hand():
     third = (1 / 3 * (1 / 2) / 2 * (1 / 4) / 1) ** (1 / 3) * math.exp(1 - 6 / 3)
     assert self_bleu(texts) == pytest.approx((first + second + third) / 3, rel=1e-12)
     assert self_bleu(texts[::-1]) == pytest.approx(self_bleu(texts), rel=1e-12)
+
+
+def test_self_bleu_is_the_mean_of_sentence_bleu():
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    draw = random.Random(0)
+    bleu = metrics.BLEU(effective_order=True)
+    for words in (["a", "b,"], ["a", "b,", "(c)", "d.", "e's"]):
+        # few different words: counts above one, ties between texts, and lengths above, below and next to each other
+        texts = [" ".join(draw.choices(words, k=draw.randint(1, 25))) for _ in range(7)]
+        texts.append(texts[0])
+        scores = [bleu.sentence_score(t, [*texts[:i], *texts[i + 1 :]]).score for i, t in enumerate(texts)]
+        assert self_bleu(texts) == pytest.approx(sum(scores) / 800, rel=1e-12)
 
 
 def test_self_bleu_extremes():

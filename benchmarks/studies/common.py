@@ -33,6 +33,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -102,6 +103,9 @@ class Study:
 
 BLACK, GREY = "#000000", "#7A7A7A"
 ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+
+
+STYLE = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "sans-serif"], "font.size": 9}
 
 
 @dataclass(frozen=True)
@@ -299,12 +303,15 @@ def render(study: Study, folder: Path, *, png: bool = False) -> None:
     for name, picture in study.figures.items():
         path = study.figure_file(folder, name)
         path.parent.mkdir(exist_ok=True)
-        with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9}):
+        with rc_context(STYLE | {"svg.hashsalt": path.stem}):
             figure = Figure(figsize=picture.size, layout="constrained")
             picture.draw(figure, rows)
             figure.savefig(path, metadata={"Date": None, "Source": f"rows {digest(rows)}"})
             if png:
                 figure.savefig(path.with_suffix(".png"), dpi=110)
+        # half of the file is indentation and digits that no screen shows
+        text = re.sub(r"\n\s+", "\n", path.read_text(encoding="utf-8"))
+        path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", text), encoding="utf-8")
     study.page_file(folder).write_text(page(study, rows), encoding="utf-8")
 
 

@@ -23,7 +23,9 @@ LOG_Z_RATE = 0.1
 """The learning rate of a learned log Z' where rates are not compared."""
 FLOOR = 1e-4
 """Where the axis of distances ends."""
-SHARED = Look("learned, one for all prompts", GREY, "-", "v", 1.5)
+SAMPLES = 16
+"""K where group sizes are not compared."""
+SHARED = Look("learned, one for all prompts", GREY, "-.", "", 1.8)
 
 
 def by_alpha(rows: Iterable[Row]) -> dict[float, list[Row]]:
@@ -59,7 +61,19 @@ def panels(figure: Figure, rows: list[Row], draw: Callable[[Axes, list[Row]], No
         axes.set_xlabel("step")
         tidy(axes)
     every[0].set_ylabel(label)
-    figure.legend(*only_once(every), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(*only_once(every), loc="outside lower center", ncols=7, frameon=False, fontsize=8)
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic axis with labels such as 0.05."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
 
 
 def _distances(axes: Axes, rows: list[Row]) -> None:
@@ -67,7 +81,7 @@ def _distances(axes: Axes, rows: list[Row]) -> None:
         if of := [row for row in rows if row["objective"] == name and "tv_own" in row]:
             steps, values = curve(of, "tv_own")
             axes.plot(steps, [max(v, FLOOR) for v in values], **LOOKS[name].line(markersize=3))
-    axes.set_yscale("log")
+    log_scale(axes)
 
 
 def draw_distances(figure: Figure, rows: list[Row]) -> None:
@@ -75,7 +89,7 @@ def draw_distances(figure: Figure, rows: list[Row]) -> None:
 
 
 def draw_sampled(figure: Figure, rows: list[Row]) -> None:
-    panels(figure, select(default_log_z(rows), samples=16), _distances, label="total variation to its own target")
+    panels(figure, select(default_log_z(rows), samples=SAMPLES), _distances, label="total variation to its own target")
 
 
 def draw_lengths(figure: Figure, rows: list[Row]) -> None:
@@ -101,8 +115,8 @@ def draw_log_z(figure: Figure, rows: list[Row]) -> None:
         for axes, alpha in zip(line, alphas, strict=True):
             for name, look in (LOG_Z_LOOKS | {"one_for_all": SHARED}).items():
                 of = select(rows, samples=samples, alpha=alpha, log_z=name)
-                axes.plot(*curve(of, "tv_own"), **look.line(markersize=3))
-            axes.set_yscale("log")
+                axes.plot(*curve(of, "tv_own"), **look.line(marker=""))
+            log_scale(axes)
             tidy(axes)
         line[0].set_ylabel(f"K = {samples}\ntotal variation")
     for axes, alpha in zip(grid[0], alphas, strict=True):
@@ -129,29 +143,30 @@ def _mean_last(rows: list[Row], key: str, spec: str) -> str:
 def tables(rows: list[Row], near: float) -> str:
     parts = ["## Where each objective ends"]
     parts.append(
-        "Without noise (exact) and from 16 samples of each prompt in a step, means over seeds and prompts. TV is total "
-        "variation, KL is KL(π‖target) in nats; – is an objective without a target in closed form here, or without an "
-        f"exact form. ‘Steps’ is the first checkpoint within {near} of the own target."
+        f"Without noise (exact) and from {SAMPLES} samples of each prompt in a step, means over seeds and prompts. TV "
+        "is total variation, KL is KL(π‖target) in nats; – is an objective without a target in closed form, or an "
+        f"exact form, here. ‘Steps’ is the first checkpoint within {near} of the own target."
     )
+    names, kinds = list(LOOKS), list(LOG_Z_NAMES)
     ending = select(rows, world="ending")
     for alpha, of in by_alpha(ending).items():
-        steps = of[0]["steps"]
         exact = select(of, samples=None)
+        steps = f"{exact[0]['steps']} steps exact, {select(of, samples=SAMPLES)[0]['steps']} from samples"
         first = select(exact, objective="la_tb", log_z="group")
         reference = [mean(row[key] for row in first) for key in ("length_power", "length_tilted")]
         base = mean(row["length_base"] for row in first)
         parts.append(
-            f"### α = {alpha:g}, {steps} steps\n\nMean length: base model {base:.2f}, p_base^α {reference[0]:.2f}, "
+            f"### α = {alpha:g}, {steps}\n\nMean length: base model {base:.2f}, p_base^α {reference[0]:.2f}, "
             f"p_base^α · exp(−λ|y|) {reference[1]:.2f}. Total variation to these "
             f"before training: {mean(row['tv_power'][0] for row in first):.3f}, "
             f"{mean(row['tv_tilted'][0] for row in first):.3f}."
         )
         lines = []
-        known = dict.fromkeys((row["objective"], row["log_z"]) for row in select(of, samples=16))
-        for objective, log_z in known:
+        known = {(row["objective"], row["log_z"]) for row in select(of, samples=SAMPLES)}
+        for objective, log_z in sorted(known, key=lambda pair: (names.index(pair[0]), kinds.index(pair[1]))):
             same = [r for r in of if (r["objective"], r["log_z"]) == (objective, log_z)]
             same = [r for r in same if r["log_z_rate"] in (None, LOG_Z_RATE)]
-            noiseless, sampled = select(same, samples=None), select(same, samples=16)
+            noiseless, sampled = select(same, samples=None), select(same, samples=SAMPLES)
             lines.append(
                 [
                     LOOKS[objective].label,
@@ -165,7 +180,7 @@ def tables(rows: list[Row], near: float) -> str:
                 ]
             )
         header = ["objective", "log Z", "steps", "TV own", "KL own", "TV p^α", "KL p^α", "TV tilted", "KL tilted"]
-        parts.append(table([*header, "length", "TV own, K = 16", "length, K = 16"], lines))
+        parts.append(table([*header, "length", f"TV own, K = {SAMPLES}", f"length, K = {SAMPLES}"], lines))
     return "\n\n".join(parts)
 
 
