@@ -146,7 +146,9 @@ def own_doc(value: Any) -> str:
 
 
 def code(name: str, value: Any) -> str:
-    """The signature, annotations as they are written."""
+    """The signature, annotations as they are written; a protocol has none."""
+    if getattr(value, "_is_protocol", False):
+        return ""
     try:
         signature = inspect.signature(value)
     except ValueError:

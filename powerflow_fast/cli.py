@@ -1,4 +1,4 @@
-"""``powerflow-fast train | demo | info``. The options of ``train`` are generated from :class:`PowerFlowConfig`."""
+"""``powerflow-fast train | eval | compare | demo | info``. The options of ``train`` are made from PowerFlowConfig."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .config import RENAMED, PowerFlowConfig, parse_value, read_yaml, suggest
 from .errors import ConfigError, PowerFlowError
+from .eval_cli import add_commands
 from .rewards import FORMATS, resolve_format
 
 __all__ = ["main"]
@@ -83,6 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for field in _FIELDS.values():
         fields.add_argument(_flag(field.name), **_settings(field))
 
+    add_commands(commands)
     commands.add_parser("demo", help="train a small model right here and show what changed", add_help=False)
     info = commands.add_parser("info", help="show versions, devices and what can run here")
     info.set_defaults(run=_info)
@@ -93,10 +95,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         option = next((w for w in unknown if w.startswith("-")), unknown[0]).split("=")[0]
         name = option.lstrip("-").replace("-", "_")
-        known = map(_flag, ("config", *_RUN_KEYS, *_FIELDS))
-        raise ConfigError(
-            f"unknown option {option}{f': {RENAMED[name]}' if name in RENAMED else suggest(option, known)}"
-        )
+        known = [flag for flag in commands.choices[arguments.command]._option_string_actions if flag.startswith("--")]
+        renamed = name in RENAMED and arguments.command == "train"
+        raise ConfigError(f"unknown option {option}{f': {RENAMED[name]}' if renamed else suggest(option, known)}")
     return arguments
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .estimates import Change, Measure, paired_change, pass_at_k
+from .evaluation_measures import MEASURES
 
 __all__ = [
     "DIVERSITY",
-    "MEASURES",
     "QUALITY",
     "Cell",
     "Cost",
@@ -43,28 +43,26 @@ class MeasureInfo:
     better: int = 0
 
 
-MEASURES = {
-    "accuracy": MeasureInfo("accuracy", "mean score of a prompt's completions", 1),
-    "majority": MeasureInfo("majority vote", "score of the answer that most of a prompt's completions give", 1),
-    "quality": MeasureInfo("quality", "mark of the judge, 1 to 10", 1),
-    "strategies": MeasureInfo("strategies", "different strategies among a prompt's completions, told by the judge"),
-    "semantic_diversity": MeasureInfo(
-        "semantic diversity", "mean cosine distance between the embeddings of two completions of a prompt"
-    ),
-    "distinct_answers": MeasureInfo("distinct answers", "different final answers among a prompt's completions"),
-    "distinct_1": MeasureInfo("distinct-1", "share of different words among all words of a prompt's completions"),
-    "distinct_2": MeasureInfo("distinct-2", "share of different word pairs among all of a prompt's completions"),
-    "self_bleu": MeasureInfo("self-BLEU", "likeness of a completion to the others of its prompt; less is more diverse"),
-    "entropy": MeasureInfo("token entropy, nats", "mean entropy of the next-token distribution"),
-    "length": MeasureInfo("length, tokens", "mean tokens of a completion"),
-    "finished": MeasureInfo("finished", "share of completions that ended by themselves, before the limit", 1),
-    "repetition": MeasureInfo("repetition", "share of n-grams that came before in the same completion", -1),
-    "inversion_rate": MeasureInfo(
-        "inversion rate", "share of completion pairs that the policy orders otherwise than the base model", -1
-    ),
-    "logp": MeasureInfo("log-prob, nats/token", "mean log-prob of the completions under the model that drew them"),
-    "base_logp": MeasureInfo("base log-prob, nats/token", "mean log-prob of the completions under the base model"),
-    "tilt": MeasureInfo("length tilt λ, nats/token", "fitted λ of log π = α log p_base − λ|y| + c"),
+# Names on the page, and which way is better; what each measure is stands in evaluation_measures.MEASURES.
+_LABELS = {
+    "accuracy": ("accuracy", 1),
+    "majority": ("majority vote", 1),
+    "quality": ("quality", 1),
+    "strategies": ("strategies", 0),
+    "semantic_diversity": ("semantic diversity", 0),
+    "distinct_answers": ("distinct answers", 0),
+    "distinct_1": ("distinct-1", 0),
+    "distinct_2": ("distinct-2", 0),
+    "self_bleu": ("self-BLEU", 0),
+    "entropy": ("token entropy, nats", 0),
+    "length": ("length, tokens", 0),
+    "finished": ("finished", 1),
+    "repetition": ("repetition", -1),
+    "logp": ("log-prob, nats/token", 0),
+    "base_logp": ("base log-prob, nats/token", 0),
+    "inversion_rate": ("inversion rate", -1),
+    "alpha": ("fitted α", 0),
+    "tilt": ("length tilt λ, nats/token", 0),
 }
 
 # Axes of the plane and the measure of the headline: the first that the evaluations have.
@@ -135,12 +133,12 @@ class MeasureRow:
 
 
 def measure_rows(runs: Sequence[Run]) -> list[MeasureRow]:
-    """A row for each measure that any of ``runs`` has, in the order of :data:`MEASURES`, pass@k after the accuracy.
+    """A row for each measure that any of ``runs`` has, in a fixed order, pass@k after the accuracy.
 
     Of pass@k there are the largest k that all have and, where one has more, its own largest; its change needs the
     scores of the completions.
     """
-    keys = dict.fromkeys([*MEASURES, *(key for run in runs for key in run.measures)])
+    keys = dict.fromkeys([*_LABELS, *(key for run in runs for key in run.measures)])
     rows = []
     for key in keys:
         if any(key in run.measures for run in runs):
@@ -153,12 +151,11 @@ def measure_rows(runs: Sequence[Run]) -> list[MeasureRow]:
 
 
 def _info(key: str, runs: Sequence[Run]) -> MeasureInfo:
-    info = MEASURES.get(key) or MeasureInfo(key.replace("_", " "), "measure of the user's")
-    samples = runs[0].num_samples
-    short = {"accuracy": "avg", "majority": "maj"}.get(key)
-    if short is None or samples is None:
-        return info
-    return MeasureInfo(f"{info.label}, {short}@{samples}", info.meaning, info.better)
+    label, better = _LABELS.get(key, (key.replace("_", " "), 0))
+    short, samples = {"accuracy": "avg", "majority": "maj"}.get(key), runs[0].num_samples
+    if short is not None and samples is not None:
+        label += f", {short}@{samples}"
+    return MeasureInfo(label, MEASURES.get(key, "measure of the user's"), better)
 
 
 def _pass_at_k_rows(runs: Sequence[Run]) -> list[MeasureRow]:

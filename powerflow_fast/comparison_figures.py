@@ -112,6 +112,8 @@ def _pass_at_k(runs: Sequence[Run]) -> Picture | str:
         ticks = [k for k in ks if k & (k - 1) == 0 or k == ks[-1]] if len(ks) > 8 else ks
         axes.set_xticks(ticks, [str(k) for k in ticks])
         axes.minorticks_off()
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
         _label(axes, "k, completions drawn", "pass@k")
         _legend(figure, handles, {i: runs[i].label for i in handles})
         svg = _svg(figure, "pass@k")
@@ -149,8 +151,9 @@ def _plane(runs: Sequence[Run], rows: Sequence[MeasureRow]) -> Picture | str:
         _label(axes, label, y.info.label)
         _legend(figure, handles, {i: runs[i].label for i in handles})
         svg = _svg(figure, "Quality and diversity")
-    caption = "Up is better, right is more diverse; bars are intervals over prompts. " + y.info.meaning.capitalize()
-    return Picture("plane", "Quality and diversity", f"{caption}; {x.info.meaning}.", svg)
+    axis = [f"{row.info.label}: {row.info.meaning}" for row in (y, x)]
+    caption = f"Up is better, right is more diverse; bars are intervals over prompts. {'; '.join(axis)}."
+    return Picture("plane", "Quality and diversity", caption, svg)
 
 
 def _cost(runs: Sequence[Run], rows: Sequence[MeasureRow]) -> Picture | None:
@@ -169,13 +172,13 @@ def _cost(runs: Sequence[Run], rows: Sequence[MeasureRow]) -> Picture | None:
         axes.set_xlim(0, 1.15 * max(points.values()))
         wide = max(points.values()) > 4 * min(points.values())
         if wide:
-            from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+            from matplotlib.ticker import LogLocator, StrMethodFormatter
 
             axes.set_xscale("log")
             axes.set_xlim(min(points.values()) / 1.5, 1.5 * max(points.values()))
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.minorticks_off()
         _label(axes, "tokens generated per completion" + (" (log)" if wide else ""), y.info.label)
         _legend(figure, handles, {i: runs[i].label for i in handles})
         svg = _svg(figure, "Quality and cost")

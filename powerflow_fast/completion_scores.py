@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,8 @@ from torch import nn
 from .data import PromptRow, encode_prompt
 from .errors import ConfigError, ScorerError
 from .evaluation_files import CompletionStore, weights_digest
-from .heads import evaluating
-from .models import BaseScorer, CausalLMScorer, load_model, make_base, pad_token_id, weights_fingerprint
+from .heads import evaluating, is_peft
+from .models import BaseScorer, CausalLMScorer, load_model, pad_token_id, weights_fingerprint
 from .packing import pad_batch, segment_sum
 from .samples import runs
 from .scorers import NamedScorer
@@ -32,8 +32,7 @@ def fill_scores(store: CompletionStore, rows: Sequence[PromptRow], scorer: Named
             row = rows[record["problem"]]
             try:
                 record["score"] = scorer(row.prompt, record["completion"], **row.extra)
-                if scorer.read_answer is not None:
-                    record["answer"] = scorer.read_answer(record["completion"])
+                record["answer"] = None if scorer.read_answer is None else scorer.read_answer(record["completion"])
             except Exception as error:  # a ScorerError, or whatever a user's read_answer raises
                 message = str(error) if isinstance(error, ScorerError) else f"{type(error).__name__}: {error}"
                 kept = (
@@ -64,9 +63,12 @@ class BaseModel:
 def resolve_base(base: str | Path | nn.Module, policy: nn.Module | None, *, dtype: Any = "auto") -> BaseModel:
     """``base`` as a loaded model, a name or folder, or "adapter_off": ``policy``, a PeftModel, without its adapter."""
     if isinstance(base, str) and base == "adapter_off":
-        if policy is None:
-            raise ConfigError("evaluate: base='adapter_off' needs the model with its adapter, got model=None")
-        scorer = make_base(policy, "adapter_off")
+        if policy is None or not is_peft(policy):
+            got = "model=None" if policy is None else f"a {type(policy).__name__}"
+            raise ConfigError(
+                f"evaluate: base='adapter_off' needs a PeftModel as the model, got {got}; pass the base model itself"
+            )
+        scorer = BaseScorer(CausalLMScorer(policy), mode="adapter_off", frozen=policy.disable_adapter)
         return BaseModel(scorer, "adapter off", weights_fingerprint(policy), len(scorer.scorer.head.weight))
     device = None if policy is None else next(policy.parameters()).device
     if isinstance(base, nn.Module):
@@ -89,7 +91,6 @@ def fill_likelihoods(
     batch_size: int,
     use_chat_template: bool | Literal["auto"] = "auto",
     system_prompt: str | None = None,
-    on_batch: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Give each record its "logp" (nats, all tokens of the completion), its "entropy" (mean over the tokens, nats; None
     without tokens), and its "base_logp" where there is a base, all of softmax(logits / temperature).
@@ -131,6 +132,5 @@ def fill_likelihoods(
                 record.update({name: values[k] for name, values in found.items()})
                 if not record["ids"]:
                     record["entropy"] = None
-            on_batch(part[-1] + 1)
     finally:
         store.save()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -41,15 +41,13 @@ from .evaluation_measures import (
 )
 from .evaluation_result import Evaluation
 from .heads import evaluating
+from .judge import Judge
 from .models import load_model
 from .problems import ProblemSet, load_problems
 from .report import ProgressLine
 from .samplers import Sampler, resolve_sampler
 from .samples import runs
 from .scorers import Scorer, check_columns
-
-if TYPE_CHECKING:
-    from .judge import Judge
 
 __all__ = ["MEASURE_GROUPS", "Evaluation", "during_training", "evaluate"]
 

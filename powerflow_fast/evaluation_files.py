@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .checkpoint import disk_full
 from .data import PromptRow
 from .errors import DataError, OutputDirError
 from .heads import unwrap_peft
@@ -29,6 +31,7 @@ __all__ = [
 
 RESULT = "evaluation.json"
 COMPLETIONS = "completions.jsonl"
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # of half a surrogate pair
 # What the completions depend on: an evaluation goes on only where all of these are as they were.
 SAMPLING = (
     "weights",
@@ -62,7 +65,7 @@ class CompletionStore:
         """
         if self.folder is None:
             return
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / RESULT).exists():
                 earlier = _json(self.folder / RESULT).get("settings", {})
@@ -76,10 +79,6 @@ class CompletionStore:
                 )
             write_result(self.folder, {"complete": False, "settings": settings})
             self.save()
-        except OutputDirError:
-            raise
-        except OSError as error:
-            raise OutputDirError(f"output_dir {self.folder} cannot be used: {error.strerror or error}") from error
 
     def _drop_log_probs(self, earlier: Mapping[str, Any], settings: dict[str, Any]) -> None:
         stale: tuple[str, ...] = ()
@@ -100,24 +99,37 @@ class CompletionStore:
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         """Append ``records``, to the file in one write."""
         self.records += records
-        if self.folder is None:
-            return
-        with open(self.folder / COMPLETIONS, "a", encoding="utf-8") as file:
-            file.write("".join(map(_line, records)))
-            file.flush()
-            os.fsync(file.fileno())
+        if self.folder is not None:
+            with self._writing(), open(self.folder / COMPLETIONS, "a", **_TEXT) as file:
+                file.write("".join(map(_line, records)))
+                file.flush()
+                os.fsync(file.fileno())
 
     def save(self) -> None:
         """Bring what was filled into the records to the disk, in the order of problems and samples."""
         self.records.sort(key=lambda r: (r["problem"], r["sample"]))
         if self.folder is None:
             return
-        temporary = self.folder / f".{COMPLETIONS}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(map(_line, self.records))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / COMPLETIONS)
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".{COMPLETIONS}.tmp"
+            with open(temporary, "w", **_TEXT) as file:
+                file.writelines(map(_line, self.records))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / COMPLETIONS)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, OutputDirError):
+                raise
+            reason = disk_full(error, self.folder) if self.folder.is_dir() else None
+            raise OutputDirError(
+                f"output_dir {self.folder} cannot be used: {reason or error.strerror or error}"
+            ) from error
 
     def _require_same(self, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         differences = [
@@ -237,7 +249,7 @@ def weights_digest(model: nn.Module) -> str:
     for name, parameter in unwrap_peft(model).named_parameters():
         flat = parameter.detach().flatten()
         some = [flat[:256], flat[:: max(1, len(flat) // 256)][:512]]
-        digest.update(f"{name.split('.')[-1]}{tuple(parameter.shape)}".encode())
+        digest.update(f"{name.split('.')[-1]}{parameter.dtype}{tuple(parameter.shape)}".encode())
         for part in some:
             digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -255,7 +267,10 @@ def finite_or_none(value: Any) -> Any:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(finite_or_none(record), ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(finite_or_none(record), ensure_ascii=False, allow_nan=False)
+    for sign in "\x85\u2028\u2029":  # ends of lines to some readers, which JSON does not escape
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text + "\n"
 
 
 def _json(path: Path) -> dict[str, Any]:

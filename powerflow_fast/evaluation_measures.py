@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
@@ -13,11 +13,9 @@ from .answers import cluster_answers
 from .data import PromptRow
 from .diversity import Encoder, distinct_n, repetition, self_bleu, semantic_diversity
 from .estimates import Measure
+from .judge import Judge
 from .power_order import inversion_rate, length_tilt
 from .scorers import NamedScorer
-
-if TYPE_CHECKING:
-    from .judge import Judge
 
 __all__ = [
     "MEASURES",

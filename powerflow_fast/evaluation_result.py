@@ -40,9 +40,11 @@ class Evaluation:
 
     def table(self) -> str:
         """A text table: measure, mean, interval, prompts, and what it is."""
-        rows = [(name, m, MEASURES.get(name, "")) for name, m in self.measures.items()]
-        what = "share of prompts with a right completion among k"
-        rows += [(f"pass@{k}", m, what) for k, m in self.pass_at_k.items()]
+        what = "chance that one of k completions is right"
+        curve = [(f"pass@{k}", m, what) for k, m in self.pass_at_k.items()]
+        rows = []
+        for name, m in self.measures.items():
+            rows += [(name, m, MEASURES.get(name, "")), *(curve if name == "accuracy" else [])]
         level = f"{self.settings.get('confidence', 0.95):.0%} interval"
         cells = [
             (name, f"{m.value:.3f}", "" if math.isnan(m.low) else f"{m.low:.3f} to {m.high:.3f}", m.prompts, what)
@@ -53,7 +55,6 @@ class Evaluation:
     def save(self, folder: str | Path) -> Path:
         """Write ``evaluation.json`` and ``completions.jsonl`` into ``folder``, which is made; returns it."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         store = CompletionStore(folder)
         store.records = list(self.completions)
         store.save()

@@ -17,7 +17,7 @@ from .config import suggest
 from .data import PromptRow, load_prompts
 from .demo_prompts import creative_prompts
 from .errors import ConfigError, DataError
-from .scorers import NamedScorer, Scorer, resolve_scorer
+from .scorers import SCORERS, NamedScorer, Scorer, resolve_scorer
 
 __all__ = ["BENCHMARKS", "Benchmark", "ProblemSet", "load_problems"]
 
@@ -160,8 +160,8 @@ def load_problems(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"load_problems: limit must be a positive integer or None, got {limit!r}")
-    problems, usual = _read(source, seed, instruction)
-    chosen = usual if isinstance(scorer, str) and scorer == "auto" else resolve_scorer(scorer)
+    problems = _read(source, seed, instruction)
+    chosen = resolve_scorer(problems.scorer if isinstance(scorer, str) and scorer == "auto" else scorer)
     rows: Sequence[PromptRow] = problems.rows
     description = problems.description
     if limit is not None and limit < len(rows):
@@ -171,11 +171,11 @@ def load_problems(
     return ProblemSet(problems.name, rows, chosen, description)
 
 
-def _read(source: Any, seed: int, instruction: str | None) -> tuple[ProblemSet, NamedScorer | None]:
-    """All problems of ``source`` and its usual scorer."""
+def _read(source: Any, seed: int, instruction: str | None) -> ProblemSet:
+    """All problems of ``source`` with its own scorer."""
     if isinstance(source, ProblemSet):
         rows = _instructed(source.rows, instruction or "")
-        return ProblemSet(source.name, rows, source.scorer, source.description), source.scorer
+        return ProblemSet(source.name, rows, source.scorer, source.description)
     if isinstance(source, str):
         name, _, path = source.partition(":")
         if source.startswith(_GYM):
@@ -185,7 +185,7 @@ def _read(source: Any, seed: int, instruction: str | None) -> tuple[ProblemSet, 
         if source == CREATIVE:
             rows = [PromptRow(p.text, where=f"creative[{i}]") for i, p in enumerate(creative_prompts(held_out=True))]
             rows = _instructed(rows, instruction or "")
-            return ProblemSet(CREATIVE, rows, None, f"the demo's creative requests ({len(rows)})"), None
+            return ProblemSet(CREATIVE, rows, None, f"the demo's creative requests ({len(rows)})")
         if not Path(source).suffix and not Path(source).exists():
             raise DataError(
                 f"problems {source!r} are neither a benchmark ({', '.join(_NAMES)}, reasoning_gym:TASK)"
@@ -194,8 +194,8 @@ def _read(source: Any, seed: int, instruction: str | None) -> tuple[ProblemSet, 
     prompts = load_prompts(source)
     name = Path(source).stem if isinstance(source, (str, os.PathLike)) else prompts.name
     rows = _instructed(list(prompts), instruction or "")
-    usual = resolve_scorer("math") if all("answer" in row.extra for row in rows) else None
-    return ProblemSet(name, rows, usual, prompts.description), usual
+    scorer = SCORERS["math"] if all("answer" in row.extra for row in rows) else None
+    return ProblemSet(name, rows, scorer, prompts.description)
 
 
 def _instructed(rows: Sequence[PromptRow], instruction: str) -> Sequence[PromptRow]:
@@ -211,7 +211,7 @@ def _instructed(rows: Sequence[PromptRow], instruction: str) -> Sequence[PromptR
     return [with_text(row) for row in rows]
 
 
-def _benchmark(name: str, path: str, seed: int, instruction: str | None) -> tuple[ProblemSet, NamedScorer | None]:
+def _benchmark(name: str, path: str, seed: int, instruction: str | None) -> ProblemSet:
     benchmark = BENCHMARKS[name]
     source = f"{benchmark.dataset}, {benchmark.config or 'default'}, {benchmark.split}"
     if path:
@@ -227,9 +227,8 @@ def _benchmark(name: str, path: str, seed: int, instruction: str | None) -> tupl
             raise DataError(f"{where}: benchmark {name!r} needs the column {missing[0]!r}, found {found}")
         columns = benchmark.convert(row, seed)
         rows.append(PromptRow(columns.pop("prompt"), columns, where))
-    scorer = resolve_scorer(benchmark.scorer)
     rows = _instructed(rows, benchmark.instruction if instruction is None else instruction)
-    return ProblemSet(name, rows, scorer, f"{source} ({len(rows)} problems)"), scorer
+    return ProblemSet(name, rows, SCORERS[benchmark.scorer], f"{source} ({len(rows)} problems)")
 
 
 def _from_hub(name: str, benchmark: Benchmark) -> Any:
@@ -248,7 +247,7 @@ def _from_hub(name: str, benchmark: Benchmark) -> Any:
         ) from error
 
 
-def _reasoning_gym(text: str, instruction: str | None) -> tuple[ProblemSet, NamedScorer | None]:
+def _reasoning_gym(text: str, instruction: str | None) -> ProblemSet:
     task, _, query = text.partition("?")
     try:
         import reasoning_gym
@@ -281,10 +280,9 @@ def _reasoning_gym(text: str, instruction: str | None) -> tuple[ProblemSet, Name
         )
         for i, entry in enumerate(entries)
     ]
-    scorer = resolve_scorer("reasoning_gym")
     rows = _instructed(rows, TAGGED if instruction is None else instruction)
     shown = "&".join(f"{key}={value}" for key, value in options.items())
-    return ProblemSet(f"{_GYM}{task}", rows, scorer, f"reasoning-gym {task} ({shown})"), scorer
+    return ProblemSet(f"{_GYM}{task}", rows, SCORERS["reasoning_gym"], f"reasoning-gym {task} ({shown})")
 
 
 def _value(text: str) -> Any:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
@@ -36,8 +37,10 @@ __all__ = [
     "check_columns",
     "choice_score",
     "exact_score",
+    "last_number",
     "math_answer",
     "math_score",
+    "number_score",
     "read_letter",
     "reasoning_gym_answer",
     "reasoning_gym_score",
@@ -181,6 +184,27 @@ def exact_score(prompt: Any, completion: str, *, answer: Any) -> float:
     return float(same_answer(str(answer), completion))
 
 
+# Numbers
+
+_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?![\w]|\.\d)")
+
+
+def last_number(completion: str) -> str | None:
+    """The last number of ``completion`` without thousands separators, None where there is none; ``7-3`` ends in 3."""
+    found = _NUMBER.findall(completion)
+    return found[-1].replace(",", "").replace("−", "-") if found else None
+
+
+def number_score(prompt: Any, completion: str, *, answer: Any) -> float:
+    """1.0 where :func:`last_number` equals the number ``answer`` (12 is 12.0), else 0.0.
+
+    For models that write sentences ("4 - 1 = 3") and know of no box. A number at which a completion was cut off counts
+    as its last one.
+    """
+    given = last_number(completion)
+    return float(given is not None and Decimal(given) == Decimal(str(answer).replace(",", "").strip()))
+
+
 # Letters
 
 _LETTER = r"(?:\\text\w*\s*\{)?\(?\**([A-J])\**\)?\}?"
@@ -234,6 +258,10 @@ def reasoning_gym_score(prompt: Any, completion: str, *, task: str, entry: dict[
         return 0.0
 
 
+def _same_number(answer: str, other: str) -> bool:
+    return Decimal(answer) == Decimal(other)
+
+
 def _same_words(answer: str, other: str) -> bool:
     return normalized_answer(answer).casefold() == normalized_answer(other).casefold()
 
@@ -241,6 +269,7 @@ def _same_words(answer: str, other: str) -> bool:
 SCORERS: dict[str, NamedScorer] = {
     "math": NamedScorer("math", math_score, math_answer, same_mathematics),
     "boxed": NamedScorer("boxed", boxed_score, extract_answer),
+    "number": NamedScorer("number", number_score, last_number, _same_number),
     "exact": NamedScorer("exact", exact_score, str.strip),
     "choice": NamedScorer("choice", choice_score, read_letter),
     "reasoning_gym": NamedScorer("reasoning_gym", reasoning_gym_score, reasoning_gym_answer, _same_words),
@@ -252,16 +281,16 @@ def resolve_scorer(scorer: str | Scorer | None) -> NamedScorer | None:
 
     :class:`ConfigError` for another name, for something that cannot be called, and for "math" without math-verify.
     """
-    if scorer is None or isinstance(scorer, NamedScorer):
-        return scorer
     if isinstance(scorer, str):
         if scorer not in SCORERS:
             raise ConfigError(
                 f"scorer must be one of {', '.join(SCORERS)}, or a function, got {scorer!r}{suggest(scorer, SCORERS)}"
             )
-        if scorer == "math":
-            resolve_equivalence("math_verify")  # says how to install it
-        return SCORERS[scorer]
+        scorer = SCORERS[scorer]
+    if scorer is SCORERS["math"]:
+        resolve_equivalence("math_verify")  # says how to install it
+    if scorer is None or isinstance(scorer, NamedScorer):
+        return scorer
     if not callable(scorer):
         raise ConfigError(f"scorer must be a function or a name, got {type(scorer).__name__}")
     return NamedScorer(getattr(scorer, "__name__", None) or type(scorer).__name__, scorer)

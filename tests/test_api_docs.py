@@ -111,7 +111,8 @@ def test_a_module_whose_requirement_is_missing_keeps_its_part(monkeypatch):
 
 @pytest.mark.parametrize("module", list(make_api.modules()))
 def test_type_hints_resolve(module):
-    checked = [(name, value) for where, name, value in public() if where == module]
+    # a protocol has an __init__ of typing's
+    checked = [(name, value) for where, name, value in public() if where == module and value.__module__ != "typing"]
     for name, value in checked:
         hints = typing.get_type_hints(value)
         if inspect.isfunction(value):

@@ -16,7 +16,7 @@ from powerflow_fast.comparison_data import choose_prompts, headline, interval, m
 from powerflow_fast.comparison_figures import shorten
 from powerflow_fast.errors import DataError, PowerFlowError
 from powerflow_fast.estimates import Change, Measure, mean_interval, paired_change, pass_at_k
-from powerflow_fast.evaluation import Evaluation
+from powerflow_fast.evaluation import Evaluation, evaluate
 
 NAN = float("nan")
 QUESTIONS = ("How many primes lie below 40?", "What is the sum of the digits of 2^15?", "Solve 3x + 7 = 25 for x.")
@@ -202,6 +202,24 @@ def test_from_folders_is_the_same_page_and_repeats_to_the_byte(pair, page, tmp_p
     assert first.headline == page[0].headline
     text = first.html.read_text()
     assert "powerflow-fast compare &#39;run 0&#39; &#39;run 1&#39;" in text and str(tmp_path) not in text
+
+
+def test_what_evaluate_leaves_can_be_compared(tmp_path):
+    problems = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 3?", "answer": "5"}]
+    folders = []
+    for name, given in (("wrong once", ("2", "3", "5", "5")), ("right", ("2", "2", "5", "5"))):
+        texts = [f"\\boxed{{{answer}}}" for answer in given]
+        completions = [{"problem": i, "completions": texts[2 * i : 2 * i + 2]} for i in range(2)]
+        folders.append(tmp_path / name)
+        options = {"completions": completions, "scorer": "boxed", "measures": ("accuracy", "lexical"), "name": name}
+        evaluate(None, problems, **options, output_dir=folders[-1])
+    written = write_comparison(folders, tmp_path / "out", samples_shown=1)
+    assert written.headline.startswith(
+        "right: accuracy 1.000 against 0.750 for wrong once: +0.250 (95 % interval +0.000"
+    )
+    text = written.markdown.read_text()
+    assert "| accuracy, avg@2 (2) | 0.750" in text and "| pass@2 (2) | 1.000" in text and "| self-BLEU (2) |" in text
+    assert "| majority vote, maj@2 (2) |" in text and "accuracy +0.500 for right" in text
 
 
 def curves(written, name):

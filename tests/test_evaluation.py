@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy
 import peft
@@ -33,6 +34,7 @@ class Scripted:
 
     def sample(self, rows, *, num_samples, seed):
         self.calls.append([row.prompt for row in rows])
+        torch.rand(1), random.random(), numpy.random.rand()  # a careless sampler
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
         return [[self._one(row.prompt, j) for j in range(num_samples)] for row in rows]
@@ -115,6 +117,27 @@ def test_files_and_loading(tiny, tmp_path):
     (tmp_path / "copy" / "evaluation.json").write_text('{"complete": true, "name": "x"}')
     with pytest.raises(DataError, match=r"damaged evaluation \(KeyError: 'problems'\)"):
         Evaluation.load(tmp_path / "copy")
+
+
+def test_a_completion_may_hold_any_character(tmp_path):
+    made = [{"problem": 0, "completion": "a\u2028b\x85c\n\x0c\ud800 é \\"}]
+    result = evaluate(None, ["q"], completions=made, measures=["lexical"], output_dir=tmp_path)
+    assert Evaluation.load(tmp_path) == result and result.completions[0]["completion"] == made[0]["completion"]
+    assert " é " in (tmp_path / "completions.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named(tiny, tmp_path):
+    class Filling(Scripted):
+        def sample(self, rows, **options):
+            if len(self.calls) == 2:
+                (tmp_path / "completions.jsonl").rename(tmp_path / "kept")
+                (tmp_path / "completions.jsonl").symlink_to("/dev/full")
+            return super().sample(rows, **options)
+
+    with pytest.raises(OutputDirError, match="cannot be used: no space left on the disk that holds"):
+        scripted(tiny, Filling(), output_dir=tmp_path)
+    assert len((tmp_path / "kept").read_text().splitlines()) == 8
 
 
 def test_what_is_stopped_goes_on_where_it_was(tiny, tmp_path):
@@ -216,7 +239,7 @@ def test_columns_are_checked_before_anything_is_sampled(tiny, tmp_path):
         ({"score_temperature": 0}, "score_temperature must be a number above 0, got 0"),
         ({"scorer": "boxxed"}, "scorer must be one of math, boxed,"),
         ({"sampler": "temprature=1"}, "temprature"),
-        ({"base": "adapter_off"}, "base='adapter_off' needs a PEFT model"),
+        ({"base": "adapter_off"}, "base='adapter_off' needs a PeftModel as the model, got a LlamaForCausalLM"),
     ],
 )
 def test_bad_arguments(tiny, tmp_path, options, message):
@@ -235,6 +258,7 @@ def test_a_real_sampler_leaves_the_model_and_the_random_states_alone(tiny):
     wanted = (torch.rand(1).item(), random.random(), numpy.random.rand())
     torch.manual_seed(3), random.seed(3), numpy.random.seed(3)
     options = {"tokenizer": tokenizer, "num_samples": 2, "max_completion_length": 6, "scorer": "exact"}
+    scripted(tiny)
     result = evaluate(model, PROBLEMS, **options, measures=["accuracy", "length"])
     assert (torch.rand(1).item(), random.random(), numpy.random.rand()) == wanted
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
@@ -244,6 +268,28 @@ def test_a_real_sampler_leaves_the_model_and_the_random_states_alone(tiny):
     assert [c["ids"] for c in result.completions] == [c.ids for group in drawn for c in group]
     assert result.settings["sampler"] == "temperature 1" and result.settings["weights"]
     assert evaluate(model, PROBLEMS, **options, seed=1, measures=["length"]).completions != result.completions
+
+
+def test_a_resumed_run_draws_the_same_tokens(tiny, tmp_path):
+    model, tokenizer = tiny
+
+    class Stopping(TemperatureSampler):
+        left = 1
+
+        def sample(self, rows, **options):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().sample(rows, **options)
+
+    options = {"tokenizer": tokenizer, "num_samples": 2, "scorer": None, "measures": ["length"], "batch_size": 4}
+    whole = evaluate(model, PROBLEMS, max_completion_length=6, **options)
+    stopping = Stopping(model, tokenizer, max_completion_length=6, batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, PROBLEMS, sampler=stopping, output_dir=tmp_path, **options)
+    assert len(lines(tmp_path)) == 4
+    resumed = evaluate(model, PROBLEMS, max_completion_length=6, output_dir=tmp_path, **options)
+    assert [r["ids"] for r in resumed.completions] == [r["ids"] for r in whole.completions]
 
 
 def direct_log_probs(model, tokenizer, record, temperature):
@@ -407,6 +453,18 @@ def test_during_training(tiny, tmp_path):
     assert all(isinstance(value, float) for value in numbers.values())
     assert eval_fn(model, tokenizer, 8) == numbers
     assert len(Evaluation.load(tmp_path / "step-7").completions) == 4
+
+
+def test_a_training_run_records_it_by_steps(tiny, tmp_path):
+    _, tokenizer = tiny
+    eval_fn = during_training(PROBLEMS, num_samples=2, scorer="exact", max_completion_length=4)
+    options = {"max_steps": 2, "eval_steps": 1, "num_generations": 2, "per_device_train_batch_size": 2}
+    options |= {"max_completion_length": 4, "output_dir": str(tmp_path), "num_sample_prompts": 0, "log_z": "group"}
+    prompts = [p["prompt"] for p in PROBLEMS]
+    powerflow_fast.train(tiny_model(), prompts, alpha=2.0, tokenizer=tokenizer, eval_fn=eval_fn, **options)
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
+    assert list(steps) == [0, 1, 2] and all("eval/length" in row for row in rows if "eval/accuracy" in row)
 
 
 def test_it_is_public_and_lazy():

@@ -16,6 +16,7 @@ from powerflow_fast.scorers import (
     check_columns,
     choice_score,
     exact_score,
+    last_number,
     math_answer,
     math_score,
     read_letter,
@@ -76,6 +77,30 @@ def test_boxed_and_exact_compare_text():
     assert boxed_score(None, "12", answer="12") == 0.0
     assert exact_score(None, " 12.\n", answer=12) == 1.0
     assert exact_score(None, "It is 12", answer=12) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "number"),
+    [
+        ("4 - 1 = 3", "3"),
+        ("It is -12.50.", "-12.50"),
+        ("so −7", "-7"),
+        ("1,234,567 people", "1234567"),
+        ("3, 4", "4"),
+        ("7-3", "3"),
+        ("about .5", ".5"),
+        ("version 1.2.3 of x2", None),
+        ("none", None),
+    ],
+)
+def test_the_last_number(completion, number):
+    assert last_number(completion) == number
+    assert SCORERS["number"](None, completion, answer="3.0") == float(number == "3")
+
+
+def test_an_answer_that_is_no_number_is_an_error():
+    with pytest.raises(ScorerError, match="scorer 'number' raised InvalidOperation"):
+        SCORERS["number"](None, "3", answer="three")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +198,7 @@ def test_a_scorer_that_raises_is_named():
     [
         (
             "maths",
-            "scorer must be one of math, boxed, exact, choice, reasoning_gym, or a function, got 'maths'; did you",
+            "scorer must be one of math, boxed, number, exact, choice, reasoning_gym, or a function, got 'maths'; did",
         ),
         (3, "scorer must be a function or a name, got int"),
         (
