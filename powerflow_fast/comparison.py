@@ -13,7 +13,7 @@ from .comparison_data import Page, Run
 from .comparison_figures import draw_pictures
 from .comparison_html import render_html
 from .comparison_markdown import render_markdown
-from .errors import DataError
+from .errors import DataError, OutputDirError
 from .estimates import Measure
 from .evaluation import Evaluation
 from .evaluation_files import COMPLETIONS, RESULT, read_result
@@ -57,8 +57,10 @@ def write_comparison(
 
     Raises:
         ValueError: fewer than two evaluations.
+        TypeError: one that is neither.
         DataError: evaluations of different problems, numbers of samples or confidence (both are named), a folder
             without ``evaluation.json``, an unreadable file. A missing ``completions.jsonl`` is noted on the page.
+        OutputDirError: ``folder`` cannot be written.
     """
     if isinstance(evaluations, (str, Path)) or len(evaluations) < 2:
         raise ValueError(f"write_comparison: evaluations must be a list of two or more, got {evaluations!r}")
@@ -73,6 +75,7 @@ def write_comparison(
     curves = {name: _history(path) for name, path in (histories or {}).items()}
     rows = comparison_data.measure_rows(runs)
     pictures, notes = draw_pictures(runs, rows, curves)
+    notes += comparison_data.sampler_notes(runs)
     notes += [f"{run.label} has no {file}: its completions are not shown." for run in runs for file in run.missing]
     if all(isinstance(e, (str, Path)) for e in evaluations):
         command = shlex.join(["powerflow-fast", "compare", *(Path(e).name for e in evaluations)])
@@ -92,19 +95,24 @@ def write_comparison(
         command=command,
         version=__version__,
     )
-    folder = Path(folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
     files = [Path("figures") / f"{picture.name}.svg" for picture in pictures]
-    for picture, file in zip(pictures, files, strict=True):
-        (folder / file).write_text(picture.svg, encoding="utf-8")
+    folder = Path(folder)
     written = Comparison(folder / "comparison.html", folder / "comparison.md", page.headline)
-    written.html.write_text(render_html(page, pictures), encoding="utf-8")
-    written.markdown.write_text(render_markdown(page, pictures, files), encoding="utf-8")
+    texts = {folder / file: picture.svg for picture, file in zip(pictures, files, strict=True)}
+    texts |= {written.html: render_html(page, pictures), written.markdown: render_markdown(page, pictures, files)}
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        for path, content in texts.items():
+            path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise OutputDirError(f"write_comparison: {folder} cannot be written: {error.strerror or error}") from error
     return written
 
 
 def _read(source: Any) -> Run:
     missing: tuple[str, ...] = ()
+    if not isinstance(source, (str, Path, Evaluation)):
+        raise TypeError(f"write_comparison: evaluations must be folders or Evaluations, got {source!r}")
     if isinstance(source, (str, Path)):
         folder = Path(source)
         fields, where = read_result(folder), str(folder / RESULT)
@@ -114,16 +122,17 @@ def _read(source: Any) -> Run:
             fields["completions"], missing = [], (COMPLETIONS,)
     else:
         names = ("name", "problems", "settings", "measures", "per_prompt", "pass_at_k", "completions")
-        fields = {name: getattr(source, name) for name in (*names, "tokens_generated", "seconds")}
+        fields = {name: getattr(source, name) for name in (*names, "tokens_generated", "seconds", "statistics")}
         where = f"evaluation {fields['name']!r}"
     completions: dict[int, list[Mapping[str, Any]]] = {}
     try:
         for completion in sorted(fields["completions"], key=lambda c: (c["problem"], c["sample"])):
+            _ = completion["prompt"], completion["completion"]  # what the page shows
             completions.setdefault(completion["problem"], []).append(completion)
         run = Run(
             label=" ".join(fields["name"].split()) or "unnamed",
             problems=fields["problems"],
-            settings=fields["settings"],
+            settings=dict(fields["settings"]),
             measures={key: _measure(value) for key, value in fields["measures"].items()},
             per_prompt={
                 key: [float("nan") if v is None else float(v) for v in values]
@@ -133,6 +142,7 @@ def _read(source: Any) -> Run:
             completions=completions,
             tokens_generated=fields["tokens_generated"],
             seconds=fields["seconds"],
+            statistics=dict(fields.get("statistics", {})),
             missing=missing,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -157,7 +167,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _history(path: str | Path) -> list[dict[str, Any]]:
     if not Path(path).is_file():
         raise DataError(f"write_comparison: histories must be paths of history.jsonl files; there is no {path}")
-    return _read_lines(Path(path))
+    rows = _read_lines(Path(path))
+    for i, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"write_comparison: {path}:{i}: not a row of a history, got {type(row).__name__}")
+    return rows
 
 
 def _labelled(runs: list[Run]) -> list[Run]:
@@ -178,7 +192,10 @@ def _check_comparable(first: Run, other: Run) -> None:
     """The same problems, sampled as often and summed up at the same confidence."""
     checks = [
         ("of the same problems", first.problems, other.problems),
-        ("of the same problems", *(run.settings.get("problems_fingerprint") for run in (first, other))),
+        (
+            "of the same problems: their problems_fingerprint differs",
+            *(run.settings.get("problems_fingerprint") for run in (first, other)),
+        ),
         ("with the same num_samples", first.num_samples, other.num_samples),
         ("with the same number of prompts", first.prompts, other.prompts),
         ("with the same confidence", first.confidence, other.confidence),

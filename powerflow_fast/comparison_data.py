@@ -6,11 +6,12 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .estimates import Change, Measure, paired_change, pass_at_k
 from .evaluation_measures import MEASURES
+from .evaluation_result import describe_statistics
 
 __all__ = [
     "DIVERSITY",
@@ -29,6 +30,7 @@ __all__ = [
     "interval",
     "measure_rows",
     "number",
+    "sampler_notes",
     "settings_table",
     "visible",
 ]
@@ -86,6 +88,8 @@ class Run:
     """By problem, in the order of the samples; empty where the file of completions is missing."""
     tokens_generated: int | None
     seconds: float | None
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """What the sampler counted."""
     missing: tuple[str, ...] = ()
     """Files that were not there."""
 
@@ -292,7 +296,8 @@ def _other_sentences(runs: Sequence[Run], rows: Sequence[MeasureRow], lead: Meas
         texts.append(f"{text}, {_change_text(change, diversity.decimals, percent)}.")
     cost = costs(runs)[1]
     if cost.relative is not None:
-        texts.append(f"It generated {cost.relative:.3g} times the tokens.")
+        times = f"{cost.relative:.3g}"
+        texts.append("It generated as many tokens." if times == "1" else f"It generated {times} times the tokens.")
     return texts
 
 
@@ -325,6 +330,15 @@ class Shown:
     problem: int
     reason: str
     prompt: str
+
+
+def sampler_notes(runs: Sequence[Run]) -> list[str]:
+    """What the samplers counted, for those that count: how often a chain moved, how often a reply could not be read."""
+    return [
+        f"Sampler of {run.label}: {describe_statistics(run.statistics, (run.num_samples or 0) * run.prompts)}."
+        for run in runs
+        if run.statistics
+    ]
 
 
 def choose_prompts(runs: Sequence[Run], rows: Sequence[MeasureRow], *, count: int, seed: int) -> list[Shown]:

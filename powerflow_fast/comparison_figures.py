@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .comparison_data import DIVERSITY, QUALITY, MeasureRow, Run, costs, first_measured
-from .plots import _running_mean
+from .errors import DataError
+from .plots import running_mean
 
 __all__ = ["COLORS", "THEME", "Picture", "draw_pictures", "shorten"]
 
@@ -196,7 +197,7 @@ def _history(runs: Sequence[Run], histories: Mapping[str, Sequence[Mapping[str, 
     own = sorted({key for rows in histories.values() for row in rows for key in row if key.startswith("eval/")})
     pictures: list[Picture | str] = []
     for key, (title, unit) in {**_CURVES, **{key: (key, "") for key in own}}.items():
-        series = {name: _points(rows, key) for name, rows in histories.items()}
+        series = {name: _points(name, rows, key) for name, rows in histories.items()}
         series = {name: points for name, points in series.items() if points}
         if not series:
             continue
@@ -206,7 +207,7 @@ def _history(runs: Sequence[Run], histories: Mapping[str, Sequence[Mapping[str, 
                 i, (steps, values) = styles[name], zip(*points, strict=True)
                 style, dashes = _style(i)
                 style |= {} if len(points) == 1 or key in own else {"marker": None}
-                smooth = _running_mean(values, max(1, len(values) // 12)) if key not in own else values
+                smooth = running_mean(values, max(1, len(values) // 12)) if key not in own else values
                 axes.plot(steps, values, color=style["color"], linewidth=0.9, alpha=0.3)
                 (handles[i],) = axes.plot(steps, smooth, **style, linestyle=dashes, markersize=4)
             if key == "length":
@@ -223,8 +224,14 @@ def _history(runs: Sequence[Run], histories: Mapping[str, Sequence[Mapping[str, 
     return pictures or ["No training curves: the histories have none of the known columns."]
 
 
-def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(row["step"], float(row[key])) for row in rows if row.get(key) is not None and "step" in row]
+def _points(name: str, rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and "step" in row]
+    for step, value in points:
+        if not isinstance(step, (int, float)) or not isinstance(value, (int, float)):
+            raise DataError(
+                f"write_comparison: history {name!r}: 'step' and {key!r} must be numbers, got {step!r} and {value!r}"
+            )
+    return [(step, float(value)) for step, value in points]
 
 
 def _style(i: int) -> tuple[dict[str, Any], Any]:

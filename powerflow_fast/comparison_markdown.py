@@ -9,7 +9,7 @@ from pathlib import Path
 from .comparison_data import Cell, MeasureRow, Page, interval, number, settings_table, visible
 from .comparison_figures import Picture
 from .comparison_html import about, facts
-from .report import _markdown as escaped
+from .report import escaped
 
 __all__ = ["render_markdown"]
 

@@ -14,7 +14,7 @@ from .data import PromptRow, encode_prompt
 from .errors import ConfigError, ScorerError
 from .evaluation_files import CompletionStore, weights_digest
 from .heads import evaluating, is_peft
-from .models import BaseScorer, CausalLMScorer, load_model, pad_token_id, weights_fingerprint
+from .models import BaseScorer, CausalLMScorer, load_model, max_positions, pad_token_id, weights_fingerprint
 from .packing import pad_batch, segment_sum
 from .samples import runs
 from .scorers import NamedScorer
@@ -35,14 +35,9 @@ def fill_scores(store: CompletionStore, rows: Sequence[PromptRow], scorer: Named
                 record["answer"] = None if scorer.read_answer is None else scorer.read_answer(record["completion"])
             except Exception as error:  # a ScorerError, or whatever a user's read_answer raises
                 message = str(error) if isinstance(error, ScorerError) else f"{type(error).__name__}: {error}"
-                kept = (
-                    "the completions are in this error's `completions`: pass them as completions="
-                    if store.folder is None
-                    else f"the {len(store.records)} completions are in {store.place}: call again with this output_dir"
-                )
                 raise ScorerError(
                     f"{message}; at problem {record['problem']} ({row.where}), sample {record['sample']}. Nothing is "
-                    f"lost: {kept}, and they are scored without sampling again",
+                    f"lost: {store.kept}",
                     completions=store.records,
                 ) from error
     finally:
@@ -111,9 +106,18 @@ def fill_likelihoods(
             f"evaluate: base {base.name!r} must share the model's vocabulary; token {largest} is beyond its {base.rows}"
         )
     scorer = CausalLMScorer(model)
+    if largest >= (vocabulary := len(scorer.head.weight)):
+        raise ConfigError(f"evaluate: 'ids' of the completions hold the token {largest}, the model has {vocabulary}")
     device, pad = scorer.head.weight.device, pad_token_id(tokenizer, model)
     options = {"use_chat_template": use_chat_template, "system_prompt": system_prompt}
     prompts = {i: encode_prompt(rows[i], tokenizer, **options) for i in sorted({r["problem"] for r in todo})}
+    positions = max_positions(model)
+    for record in todo if positions is not None else ():
+        if (length := len(prompts[record["problem"]]) + len(record["ids"])) > positions:
+            raise ConfigError(
+                f"evaluate: the completion {record['sample']} of problem {record['problem']} has {length} tokens "
+                f"with its prompt, but the model has positions for {positions}; leave the measures of log-probs out"
+            )
     # Alike lengths waste little padding, and the longest come first: where memory does not do, it shows at once.
     todo.sort(key=lambda r: len(prompts[r["problem"]]) + len(r["ids"]), reverse=True)
     try:

@@ -57,12 +57,14 @@ class JudgeError(PowerFlowError, RuntimeError):
     """A judge's endpoint is down, refuses, or does not speak its format; what it has answered is kept.
 
     ``done`` of ``total`` prompts of the failed call have a reply; the same call again asks only for the others.
+    ``completions`` holds what :func:`evaluate` had sampled, to be passed to it again with ``completions=``.
     """
 
-    def __init__(self, message: str, *, done: int = 0, total: int = 0):
+    def __init__(self, message: str, *, done: int = 0, total: int = 0, completions: list[dict[str, Any]] | None = None):
         super().__init__(message)
         self.done = done
         self.total = total
+        self.completions = completions or []
 
 
 class CheckpointError(PowerFlowError, RuntimeError):
@@ -70,7 +72,7 @@ class CheckpointError(PowerFlowError, RuntimeError):
 
 
 class ScorerError(PowerFlowError, RuntimeError):
-    """A scorer raised, or returned no number; the message names it, the problem and the completion.
+    """A scorer or an encoder raised, or returned no numbers; the message names it, a scorer's the completion too.
 
     ``completions`` holds what :func:`evaluate` had sampled, to be passed to it again with ``completions=``.
     """

@@ -104,12 +104,16 @@ def _eval(arguments: argparse.Namespace) -> int:
     judge = _judge(given)
 
     from .evaluation import evaluate  # loads transformers: the errors above come at once
+    from .evaluation_result import describe_statistics
 
     if "tokenizer" in given:
         options["tokenizer"] = _tokenizer(given["tokenizer"])
     result = evaluate(given.get("model"), given["problems"], judge=judge, progress=True, **options)
     print(f"{result.name} on {result.problems}, {result.settings['num_samples']} completions of each problem")
-    print(f"{result.tokens_generated} tokens generated in {result.seconds:.1f} s\n")
+    print(f"{result.tokens_generated} tokens generated in {result.seconds:.1f} s")
+    if result.statistics:
+        print(f"sampler: {describe_statistics(result.statistics, len(result.completions))}")
+    print()
     print(result.table())
     if judge is not None and judge.unreadable:
         print(f"\n{judge.unreadable} opinions of the judge could not be read")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +21,9 @@ from torch import nn
 from . import __version__
 from .checkpoint import get_rng_state, git_commit, set_rng_state
 from .completion_scores import fill_likelihoods, fill_scores, resolve_base
+from .data import PromptRow
 from .diversity import Encoder, minilm_encoder, self_bleu
-from .errors import ConfigError, JudgeError
+from .errors import ConfigError, JudgeError, ScorerError
 from .estimates import mean_interval, pass_at_k
 from .evaluation_files import (
     CompletionStore,
@@ -39,12 +43,13 @@ from .evaluation_measures import (
     semantic_measures,
     tilt_measures,
 )
-from .evaluation_result import Evaluation
+from .evaluation_result import Evaluation, summed_statistics
 from .heads import evaluating
 from .judge import Judge
 from .models import load_model
 from .problems import ProblemSet, load_problems
 from .report import ProgressLine
+from .sampler_base import ModelSampler
 from .samplers import Sampler, resolve_sampler
 from .samples import runs
 from .scorers import Scorer, check_columns
@@ -137,9 +142,18 @@ def evaluate(
         ConfigError: an argument out of range, k above ``num_samples``, measures without what they need.
         DataError: bad problems, or without a column that the scorer needs: before anything is sampled.
         OutputDirError: ``output_dir`` has an evaluation with other settings; what differs is named.
-        ScorerError, JudgeError: nothing that was sampled is lost; a second call scores it.
+        ScorerError, JudgeError: nothing that was sampled is lost: it is in ``output_dir``, else in the error's
+            ``completions``; a second call scores it.
     """
     groups = _checked_groups(measures, encoder, judge, base)
+    _check_number("confidence", confidence, 0, 1)
+    _check_number("score_temperature", score_temperature, 0, math.inf)
+    if alpha is not None:
+        _check_number("alpha", alpha, -math.inf, math.inf)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"evaluate: seed must be an integer, got {seed!r}")
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"evaluate: name must be a text, got {name!r}")
     problem_set = load_problems(problems, limit=limit, scorer=scorer)
     if problem_set.scorer is None:
         if "accuracy" in groups and scorer is not None:
@@ -147,8 +161,6 @@ def evaluate(
         groups = tuple(g for g in groups if g != "accuracy")
     elif "accuracy" in groups:
         check_columns(problem_set.scorer, problem_set.rows)
-    _check_number("confidence", confidence, 0, 1)
-    _check_number("score_temperature", score_temperature, 0, math.inf)
     if completions is None:
         if model is None:
             raise ConfigError("evaluate: model must be a name, a folder or a model, got None without completions=")
@@ -176,6 +188,7 @@ def evaluate(
     else:
         common = {"max_completion_length": max_completion_length, "batch_size": batch_size, **prompt_options}
         drawn_by = resolve_sampler(sampler, lm, tokenizer, **common)
+        _check_sampler(drawn_by, problem_set.rows)
     settings = {
         "model": model_name,
         "weights": None if lm is None else weights_digest(lm),
@@ -195,9 +208,7 @@ def evaluate(
         "version": __version__,
         "commit": git_commit(),
     }
-    store = CompletionStore(output_dir)
-    store.begin(settings)
-    with _unchanged(lm):
+    with CompletionStore(output_dir).begun(settings) as store, _unchanged(lm):
         if ready is not None:
             _take(store, ready)
         else:
@@ -218,6 +229,7 @@ def evaluate(
                 completions=store.records,
                 tokens_generated=sum(r["generated_tokens"] or 0 for r in store.records),
                 seconds=sum(r.get("seconds") or 0.0 for r in store.records),
+                statistics=summed_statistics(store.records),
             ),
             problem_set,
             groups,
@@ -226,10 +238,10 @@ def evaluate(
             judge=judge,
             alpha=alpha,
             confidence=confidence,
-            place=store.place,
+            kept=store.kept,
         )
-    if store.folder is not None:
-        write_result(store.folder, result.to_dict())
+        if store.folder is not None:
+            write_result(store.folder, result.to_dict())
     return result
 
 
@@ -245,6 +257,10 @@ def during_training(
     options.setdefault("measures", ("accuracy", "length"))
     fixed = load_problems(problems, limit=limit, scorer=options.pop("scorer", "auto"))
     folder = options.pop("output_dir", None)
+    # Now rather than in the run, which has loaded its model by then.
+    inspect.signature(evaluate).bind(None, fixed, **options)
+    _checked_groups(options["measures"], *(options.get(name) for name in ("encoder", "judge", "base")))
+    ks = _checked_ks(ks, num_samples)
 
     def eval_fn(model: Any, tokenizer: Any, step: int) -> dict[str, float]:
         place = None if folder is None else Path(folder) / f"step-{step}"
@@ -258,13 +274,19 @@ def during_training(
 
 def _checked_groups(measures: Sequence[str], encoder: Any, judge: Any, base: Any) -> tuple[str, ...]:
     """The groups that are asked for, in the order of MEASURE_GROUPS."""
-    if isinstance(measures, str):
+    if isinstance(measures, str) or not isinstance(measures, Collection):
         raise ConfigError(f"evaluate: measures must be a list of groups, such as ['accuracy'], got {measures!r}")
     for group in measures:
         if group not in MEASURE_GROUPS:
             raise ConfigError(f"evaluate: measures must be among {', '.join(MEASURE_GROUPS)}, got {group!r}")
     if "judge" in measures and judge is None:
         raise ConfigError("evaluate: measures 'judge' needs judge=powerflow_fast.judge.Judge(base_url, model)")
+    if judge is not None and not all(hasattr(judge, name) for name in ("quality_of_all", "strategies_of_all")):
+        raise ConfigError(f"evaluate: judge must be a powerflow_fast.judge.Judge, got {judge!r}")
+    if encoder is not None and not callable(encoder):
+        raise ConfigError(f"evaluate: encoder must be a function of a list of texts, got {encoder!r}")
+    if base is not None and not isinstance(base, (str, Path, nn.Module)):
+        raise ConfigError(f"evaluate: base must be a model, a name, a folder or 'adapter_off', got {base!r}")
     wanted = set(measures)
     wanted |= {g for g, given in (("semantic", encoder), ("judge", judge), ("likelihood", base)) if given is not None}
     return tuple(group for group in MEASURE_GROUPS if group in wanted)
@@ -275,7 +297,7 @@ def _checked_ks(ks: Sequence[int] | None, num_samples: int) -> list[int]:
         raise ConfigError(f"evaluate: num_samples must be a positive integer, got {num_samples!r}")
     if ks is None:
         return [2**i for i in range(num_samples.bit_length())]
-    for k in ks:
+    for k in ks if isinstance(ks, Collection) else [ks]:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigError(f"evaluate: ks must be positive integers, got {k!r}")
         if k > num_samples:
@@ -283,19 +305,30 @@ def _checked_ks(ks: Sequence[int] | None, num_samples: int) -> list[int]:
                 f"evaluate: pass@{k} needs at least {k} completions of each problem, num_samples is {num_samples}; "
                 f"raise num_samples or lower k"
             )
+    if not isinstance(ks, Collection):
+        raise ConfigError(f"evaluate: ks must be a list of integers, such as [{ks}], got {ks!r}")
     return sorted(set(ks))
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-        limits = f"between {low} and {high}" if math.isfinite(high) else f"above {low}"
+        limits = (
+            f"between {low} and {high}" if high < math.inf else f"above {low}" if low > -math.inf else "that is finite"
+        )
         raise ConfigError(f"evaluate: {name} must be a number {limits}, got {value!r}")
 
 
-def _digest(records: Sequence[Mapping[str, Any]]) -> str:
-    import hashlib
-    import json
+def _check_sampler(sampler: Sampler, rows: Sequence[PromptRow]) -> None:
+    """What would stop it later, after other problems have been sampled."""
+    try:
+        json.dumps(sampler.settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"evaluate: settings of the sampler {sampler.name!r} must be JSON-able: {error}") from error
+    if isinstance(sampler, ModelSampler):
+        sampler.check(rows)
 
+
+def _digest(records: Sequence[Mapping[str, Any]]) -> str:
     keys = ("problem", "sample", "completion", "ids")
     text = json.dumps([[r.get(key) for key in keys] for r in records])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -341,33 +374,47 @@ def _sample(
         wanted = {(i, j) for i in chunk for j in range(num_samples)}
         if missing := wanted - done:
             started = time.perf_counter()
+            before = _statistics(sampler)
             drawn = sampler.sample([problems.rows[i] for i in chunk], num_samples=num_samples, seed=seed)
+            if [len(group) for group in drawn] != [num_samples] * len(chunk):
+                raise ConfigError(
+                    f"evaluate: the sampler {sampler.name!r} must give {num_samples} completions for each of "
+                    f"{len(chunk)} problems, got {[len(group) for group in drawn]}"
+                )
+            counted = {key: value - before.get(key, 0) for key, value in _statistics(sampler).items()}
             seconds = (time.perf_counter() - started) / len(wanted)
-            store.add(
-                [
-                    {
-                        "problem": i,
-                        "sample": j,
-                        "prompt": problems.rows[i].prompt,
-                        "completion": one.text,
-                        "tokens": len(one.ids),
-                        "generated_tokens": one.generated_tokens,
-                        "finished": one.finished,
-                        **_EMPTY,
-                        "seconds": seconds,
-                        "note": getattr(one, "note", ""),
-                        "ids": list(one.ids),
-                    }
-                    for i, group in zip(chunk, drawn, strict=True)
-                    for j, one in enumerate(group)
-                    if (i, j) in missing
-                ]
-            )
+            new = [
+                {
+                    "problem": i,
+                    "sample": j,
+                    "prompt": problems.rows[i].prompt,
+                    "completion": one.text,
+                    "tokens": len(one.ids),
+                    "generated_tokens": one.generated_tokens,
+                    "finished": one.finished,
+                    **_EMPTY,
+                    "seconds": seconds,
+                    "note": getattr(one, "note", ""),
+                    "ids": list(one.ids),
+                }
+                for i, group in zip(chunk, drawn, strict=True)
+                for j, one in enumerate(group)
+                if (i, j) in missing
+            ]
+            # With the first record of the chunk: there they are as safe as the chunk, and counted once.
+            if counted and not any(r.get("statistics") for r in store.records if r["problem"] in chunk):
+                new[0]["statistics"] = counted
+            store.add(new)
         if line is not None:
             line.update({"step": chunk[-1] + 1})
     if line is not None:
         line.close()
     store.save()
+
+
+def _statistics(sampler: Sampler) -> dict[str, float]:
+    """What the sampler has counted so far, where it counts."""
+    return dict(getattr(sampler, "statistics", None) or {})
 
 
 def _measured(
@@ -380,7 +427,7 @@ def _measured(
     judge: Judge | None,
     alpha: float | None,
     confidence: float,
-    place: str,
+    kept: str,
 ) -> Evaluation:
     """``result`` with its measures filled in."""
     records: list[list[dict[str, Any]]] = [[] for _ in problems.rows]
@@ -396,14 +443,20 @@ def _measured(
     if "lexical" in groups:
         found |= lexical_measures(records)
     if "semantic" in groups:
-        found |= semantic_measures(records, encoder)
+        try:
+            found |= semantic_measures(records, encoder)
+        except Exception as error:  # whatever a user's encoder raises, or what its vectors lack
+            reason = f"{type(error).__name__}: {error}"
+            message = f"the encoder failed ({reason}). Nothing is lost: {kept}"
+            raise ScorerError(message, completions=result.completions) from error
     if "likelihood" in groups:
         found |= likelihood_measures(records)
     if "judge" in groups:
         try:
             found |= judge_measures(records, problems.rows, judge)
         except JudgeError as error:
-            raise JudgeError(f"{error} All completions are in {place}", done=error.done, total=error.total) from error
+            message = f"{str(error).rstrip('.')}. Nothing is lost: {kept}"
+            raise JudgeError(message, done=error.done, total=error.total, completions=result.completions) from error
     means = {measure: mean_interval(values, confidence=confidence) for measure, values in found.items()}
     if "inversion_rate" in found:
         means |= tilt_measures(records, alpha=alpha, confidence=confidence)

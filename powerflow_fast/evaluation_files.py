@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +30,8 @@ __all__ = [
     "weights_digest",
     "write_result",
 ]
+
+logger = logging.getLogger(__name__)
 
 RESULT = "evaluation.json"
 COMPLETIONS = "completions.jsonl"
@@ -58,17 +62,44 @@ class CompletionStore:
         self.folder = None if folder is None else Path(folder)
         self.records: list[dict[str, Any]] = []
 
-    def begin(self, settings: dict[str, Any]) -> None:
+    @contextmanager
+    def begun(self, settings: dict[str, Any]) -> Iterator[CompletionStore]:
         """Go on with what is in ``folder``, or claim it. Log-probs of other settings than these are dropped.
 
-        Of a base that is not asked for now, log-probs are kept, and ``settings`` goes on to name it.
+        Of a base that is not asked for now, log-probs are kept, and ``settings`` goes on to name it. Until the end no
+        other evaluation can work in ``folder``.
         """
         if self.folder is None:
+            yield self
             return
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self._begin(settings)
+            yield self
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder is this evaluation's alone; the system lets go of it when the process ends, however it ends."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputDirError(
+                    f"output_dir {self.folder} is in use by another evaluation; wait for it, or choose another "
+                    "output_dir"
+                ) from None
+            except OSError as error:  # network file systems without such locks
+                logger.warning("%s cannot be locked (%s): start no second evaluation in it", self.folder, error)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        with self._writing():
             if (self.folder / RESULT).exists():
-                earlier = _json(self.folder / RESULT).get("settings", {})
+                earlier = self._earlier_settings()
                 self._require_same(earlier, settings)
                 self.records = self._read()
                 self._drop_log_probs(earlier, settings)
@@ -79,6 +110,16 @@ class CompletionStore:
                 )
             write_result(self.folder, {"complete": False, "settings": settings})
             self.save()
+
+    def _earlier_settings(self) -> Mapping[str, Any]:
+        path = self.folder / RESULT
+        try:
+            settings = _json(path).get("settings", {})
+            if not isinstance(settings, dict):
+                raise ValueError("its settings are not an object")
+        except ValueError as error:
+            raise OutputDirError(f"{path}: damaged ({error}); choose another output_dir") from error
+        return settings
 
     def _drop_log_probs(self, earlier: Mapping[str, Any], settings: dict[str, Any]) -> None:
         stale: tuple[str, ...] = ()
@@ -92,9 +133,14 @@ class CompletionStore:
             record.update(dict.fromkeys(stale))
 
     @property
-    def place(self) -> str:
-        """Where the records are, for messages."""
-        return "memory only (no output_dir)" if self.folder is None else str(self.folder / COMPLETIONS)
+    def kept(self) -> str:
+        """Where the records are and how to go on with them, for messages."""
+        if self.folder is None:
+            how = "the completions are in this error's `completions`: pass them as completions="
+        else:
+            place = self.folder / COMPLETIONS
+            how = f"the {len(self.records)} completions are in {place}: call again with this output_dir"
+        return f"{how}, and they are scored without sampling again"
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         """Append ``records``, to the file in one write."""
@@ -176,12 +222,17 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
 def read_result(folder: Path) -> dict[str, Any]:
     """``evaluation.json`` of a finished evaluation.
 
-    DataError where there is none, or it has not been finished.
+    DataError where there is none, or it is damaged or has not been finished.
     """
     path = folder / RESULT
     if not path.is_file():
         raise DataError(f"{folder}: holds no evaluation, {RESULT} is missing")
-    result = _json(path)
+    try:
+        result = _json(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); make it anew by the same evaluation") from error
     if not result.get("complete"):
         raise DataError(f"{path}: this evaluation was not finished; call it again with the same output_dir")
     return result
@@ -203,18 +254,24 @@ def read_completions(
     """
     name = f"{source}" if isinstance(source, (str, Path)) else "completions"
     lines = list(_rows(source))
-    places = {_key(row.prompt): i for i, row in enumerate(rows)}
+    places: dict[str, int | None] = {}
+    for i, row in enumerate(rows):
+        places[_key(row.prompt)] = None if _key(row.prompt) in places else i
     groups: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(rows))}
     for where, line in lines:
         if not isinstance(line, Mapping):
             raise DataError(f"{where}: must be an object, got {type(line).__name__}")
-        problem = line.get("problem", places.get(_key(line.get("prompt"))))
+        key = _key(line.get("prompt"))
+        problem = line.get("problem", places.get(key))
+        if problem is None and key in places:
+            raise DataError(f"{where}: several problems have the prompt {line['prompt']!r:.60}; give their 'problem'")
         if isinstance(problem, bool) or not isinstance(problem, int) or problem not in groups:
             shown = f"'problem' {line['problem']!r}" if "problem" in line else f"'prompt' {line.get('prompt')!r:.60}"
             raise DataError(f"{where}: {shown} is none of the {len(rows)} problems")
         texts = line["completions"] if "completions" in line else [line.get("completion")]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise DataError(f"{where}: needs a text 'completion' or a list of texts 'completions'")
+        _check_numbers(where, line)
         for text in texts:
             ids = line.get("ids") if len(texts) == 1 else None
             if ids is None and tokenizer is not None:
@@ -232,6 +289,8 @@ def read_completions(
                     "ids": ids,
                 }
             )
+    if not lines:
+        raise DataError(f"{name}: holds no completions")
     sizes = {i: len(group) for i, group in groups.items()}
     most = max(sizes.values(), default=0)
     short = [i for i, size in sizes.items() if size < most or not size]
@@ -241,6 +300,22 @@ def read_completions(
             f"({rows[short[0]].where}) has {sizes[short[0]]}, others have {most}"
         )
     return [record for group in groups.values() for record in group]
+
+
+def _check_numbers(where: str, line: Mapping[str, Any]) -> None:
+    """DataError for ids and numbers of tokens that are none."""
+    ids = line.get("ids")
+    if ids is not None and not (isinstance(ids, list) and all(map(_is_count, ids))):
+        raise DataError(f"{where}: 'ids' must be a list of token ids, got {ids!r:.60}")
+    for name in ("tokens", "generated_tokens"):
+        if line.get(name) is not None and not _is_count(line[name]):
+            raise DataError(f"{where}: {name!r} must be a number of tokens, got {line[name]!r:.60}")
+    if ids is not None and line.get("tokens") not in (None, len(ids)):
+        raise DataError(f"{where}: 'tokens' is {line['tokens']}, but there are {len(ids)} 'ids'")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -274,17 +349,17 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise OutputDirError(f"{path}: damaged ({error}); choose another output_dir") from error
+    """The object in ``path``; ValueError where there is none."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
     return value
 
 
 def _rows(source: str | Path | Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Any]]:
     if not isinstance(source, (str, Path)):
+        if not isinstance(source, Iterable):
+            raise DataError(f"completions must be a .jsonl file or a list of rows, got {source!r}")
         yield from ((f"completions[{i}]", row) for i, row in enumerate(source))
         return
     path = Path(source)

@@ -117,12 +117,12 @@ def likelihood_measures(groups: Groups) -> dict[str, list[float]]:
     """Measures "entropy" and "logp", and of completions scored under a base too "base_logp" and "inversion_rate"."""
     measures = {
         "entropy": [_mean(r["entropy"] for r in records if r["entropy"] is not None) for records in groups],
-        "logp": [_mean(r["logp"] / r["tokens"] for r in records if r["tokens"]) for records in groups],
+        "logp": [_mean(r["logp"] / len(r["ids"]) for r in records if r["ids"]) for records in groups],
     }
     if any(r["base_logp"] is None for records in groups for r in records):
         return measures
     everything = _scored(groups)
-    measures["base_logp"] = [_mean(r["base_logp"] / r["tokens"] for r in records if r["tokens"]) for records in groups]
+    measures["base_logp"] = [_mean(r["base_logp"] / len(r["ids"]) for r in records if r["ids"]) for records in groups]
     measures["inversion_rate"] = inversion_rate(
         everything["policy_logps"], everything["base_logps"], everything["group_ids"], tolerance=TIED
     )
@@ -132,7 +132,7 @@ def likelihood_measures(groups: Groups) -> dict[str, list[float]]:
 def tilt_measures(groups: Groups, *, alpha: float | None, confidence: float) -> dict[str, Measure]:
     """Measures "alpha" and "tilt" of completions scored under a base: of all prompts together, no means over them."""
     everything = _scored(groups)
-    lengths = [r["tokens"] for records in groups for r in records]
+    lengths = [len(r["ids"]) for records in groups for r in records]
     found = length_tilt(**everything, lengths=lengths, alpha=alpha, confidence=confidence)
     return {"alpha": found.alpha, "tilt": found.tilt}
 

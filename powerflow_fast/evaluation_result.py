@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from .evaluation_files import COMPLETIONS, CompletionStore, read_result, write_r
 from .evaluation_measures import MEASURES
 from .report import format_table, read_history
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "describe_statistics", "summed_statistics"]
+
+# Counts of samplers that are a share of another one.
+_SHARES = {
+    "accepted": "moves",
+    "unreadable_replies": "replies",
+    "uniform_draws": "replies",
+    "direct_answers": "completions",
+}
 
 
 @dataclass
@@ -37,6 +46,8 @@ class Evaluation:
     """Tokens that the model made, those that a sampler rejected included."""
     seconds: float
     """Time that sampling took."""
+    statistics: dict[str, float] = field(default_factory=dict)
+    """What the sampler counted over all completions, such as ``moves`` and ``accepted``; empty where it does not."""
 
     def table(self) -> str:
         """A text table: measure, mean, interval, prompts, and what it is."""
@@ -71,6 +82,7 @@ class Evaluation:
             "pass_at_k": {k: m.to_dict() for k, m in self.pass_at_k.items()},
             "tokens_generated": self.tokens_generated,
             "seconds": self.seconds,
+            "statistics": self.statistics,
             "settings": self.settings,
             "per_prompt": self.per_prompt,
         }
@@ -84,7 +96,7 @@ class Evaluation:
             return cls(
                 name=result["name"],
                 problems=result["problems"],
-                settings=result["settings"],
+                settings=dict(result["settings"]),
                 measures={name: Measure.from_dict(m) for name, m in result["measures"].items()},
                 per_prompt={
                     name: [math.nan if v is None else float(v) for v in values]
@@ -94,6 +106,27 @@ class Evaluation:
                 completions=read_history(folder / COMPLETIONS),
                 tokens_generated=result["tokens_generated"],
                 seconds=result["seconds"],
+                statistics=dict(result.get("statistics", {})),
             )
         except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
             raise DataError(f"{folder}: damaged evaluation ({type(error).__name__}: {error})") from error
+
+
+def summed_statistics(completions: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The sums of what the sampler counted, which the first completion of each chunk holds as "statistics"."""
+    total: dict[str, float] = {}
+    for completion in completions:
+        for key, value in (completion.get("statistics") or {}).items():
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+def describe_statistics(statistics: Mapping[str, float], completions: int) -> str:
+    """A sampler's counts in a line: ``moves 160, accepted 40 (25 % of moves)``; "" without any."""
+    known = {**statistics, "completions": completions}
+    parts = []
+    for name, value in statistics.items():
+        whole = _SHARES.get(name)
+        share = f" ({value / known[whole]:.0%} of {whole})".replace("%", " %") if known.get(whole) else ""
+        parts.append(f"{name.replace('_', ' ')} {value:,}{share}")
+    return ", ".join(parts)

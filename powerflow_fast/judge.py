@@ -234,9 +234,12 @@ class Judge:
 
     def _request(self, prompt: str) -> str:
         options = {} if self.temperature is None else {"temperature": self.temperature}
-        answer = self._client.chat.completions.create(
-            model=self.model, messages=[{"role": "user", "content": prompt}], **options
-        )
+        try:
+            answer = self._client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": prompt}], **options
+            )
+        except json.JSONDecodeError as error:  # the client lets it through
+            raise JudgeError(f"the answer is not JSON: {error.doc[:200]!r}") from error
         choices = getattr(answer, "choices", None)
         if not choices or not hasattr(choices[0], "message"):
             shown = answer if isinstance(answer, str) else answer.model_dump_json()

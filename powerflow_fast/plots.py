@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_history"]
+__all__ = ["plot_history", "running_mean"]
 
 _BLUE, _ORANGE, _GRID, _TEXT, _FAINT = "#1f6fb4", "#d9730d", "#e4e4e4", "#222222", "#6b6b6b"
 
@@ -80,7 +80,7 @@ def plot_history(
                 continue
             drawn = True
             steps, values = zip(*points, strict=True)
-            smooth = _running_mean(values, max(1, len(values) // 12))
+            smooth = running_mean(values, max(1, len(values) // 12))
             axes.plot(steps, values, color=color, linewidth=0.9, alpha=0.35)
             axes.plot(steps, smooth, color=color, linewidth=2, label=label, marker="o" if len(points) == 1 else None)
         if not drawn:
@@ -111,7 +111,7 @@ def plot_history(
     return path
 
 
-def _running_mean(values: Sequence[float], half: int) -> list[float]:
+def running_mean(values: Sequence[float], half: int) -> list[float]:
     """Mean of each value with up to ``half`` neighbours on either side."""
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

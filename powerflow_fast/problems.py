@@ -149,7 +149,7 @@ def load_problems(
         limit: at most so many problems, drawn with ``seed`` and kept in their order; None takes all.
         seed: of that draw and of the order of GPQA's choices. Tasks of reasoning-gym have a seed of their own.
         scorer: a name or a function (:mod:`powerflow_fast.scorers`); "auto" is the benchmark's own, "math" for a file
-            or list whose rows have the column "answer", else None.
+            or list that has the column "answer", else None.
         instruction: text after every prompt; None is the benchmark's own ("... within \\boxed{}"), and none for files
             and lists. Of chat messages the last one gets it.
 
@@ -163,6 +163,11 @@ def load_problems(
     problems = _read(source, seed, instruction)
     chosen = resolve_scorer(problems.scorer if isinstance(scorer, str) and scorer == "auto" else scorer)
     rows: Sequence[PromptRow] = problems.rows
+    for row in rows:
+        try:
+            json.dumps(row.prompt, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{row.where}: the prompt is not Unicode text: {error.reason}") from error
     description = problems.description
     if limit is not None and limit < len(rows):
         kept = sorted(random.Random(f"{seed}/limit").sample(range(len(rows)), limit))
@@ -194,7 +199,7 @@ def _read(source: Any, seed: int, instruction: str | None) -> ProblemSet:
     prompts = load_prompts(source)
     name = Path(source).stem if isinstance(source, (str, os.PathLike)) else prompts.name
     rows = _instructed(list(prompts), instruction or "")
-    scorer = SCORERS["math"] if all("answer" in row.extra for row in rows) else None
+    scorer = SCORERS["math"] if any("answer" in row.extra for row in rows) else None
     return ProblemSet(name, rows, scorer, prompts.description)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "HistoryWriter",
     "ProgressLine",
     "Sample",
+    "escaped",
     "format_samples",
     "format_table",
     "read_history",
@@ -207,11 +208,11 @@ def write_samples(path: str | Path, before: Sequence[Sample], after: Sequence[Sa
     """Samples before and after training side by side, as Markdown tables."""
     lines = ["# Samples before and after training", ""]
     for k, (old, new) in enumerate(_pairs(before, after), start=1):
-        lines += [f"## {k}", "", f"**Prompt:** {_markdown(old.prompt)}", ""]
+        lines += [f"## {k}", "", f"**Prompt:** {escaped(old.prompt)}", ""]
         lines += [
             "| before | after |",
             "|---|---|",
-            f"| {_markdown(old.completion)} | {_markdown(new.completion)} |",
+            f"| {escaped(old.completion)} | {escaped(new.completion)} |",
             "",
         ]
     Path(path).write_text("\n".join(lines), encoding="utf-8")
@@ -261,7 +262,7 @@ def write_model_card(
     if metrics:
         lines += ["## First and last recorded step", "", "| | first | last |", "|---|---:|---:|"]
         for metric, first, last in metrics:
-            lines.append(f"| {_markdown(METRICS.get(metric, metric))} | {_cell(first)} | {_cell(last)} |")
+            lines.append(f"| {escaped(METRICS.get(metric, metric))} | {_cell(first)} | {_cell(last)} |")
         lines += ["", "Measured by the run itself on the completions sampled for those steps.", ""]
     shown = {k: v for k, v in config.items() if k not in ("output_dir", "resume_from_checkpoint")}
     lines += ["## Configuration", "", "```json", json.dumps(shown, indent=2), "```", ""]
@@ -324,7 +325,7 @@ def _wrap(text: str, width: int) -> list[str]:
     return [part for line in shown.strip().split("\n") for part in (textwrap.wrap(line, width) or [""])]
 
 
-def _markdown(text: str) -> str:
+def escaped(text: str) -> str:
     """``text`` shown as it is inside one table cell."""
     escaped = re.sub(r"([\\`*_#\[\]|~$])", r"\\\1", html.escape(text.strip(), quote=False))
     return re.sub(r"\r?\n", "<br>", escaped) or "(empty)"

@@ -12,6 +12,7 @@ from torch import nn
 
 from .data import PromptRow, encode_prompt
 from .errors import ConfigError
+from .models import max_positions
 from .seeded_decoding import SeededDecoder
 
 __all__ = ["Completion", "ModelSampler", "check_number"]
@@ -85,6 +86,20 @@ class ModelSampler:
     def encode(self, rows: Sequence[PromptRow]) -> list[list[int]]:
         """Token ids of the prompts."""
         return [encode_prompt(row, self.tokenizer, **self.prompt_options) for row in rows]
+
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        """ConfigError naming the first row whose prompt leaves no room for a completion: before anything is drawn."""
+        self._check_room(rows, self.encode(rows), self.settings["max_completion_length"], "max_completion_length")
+
+    def _check_room(self, rows: Sequence[PromptRow], prompts: Sequence[list[int]], limit: int, option: str) -> None:
+        positions = max_positions(self.decoder.model)
+        for row, prompt in zip(rows, prompts, strict=True):
+            if positions is not None and len(prompt) + limit > positions:
+                raise ConfigError(
+                    f"{option}: {row.where} has {len(prompt)} tokens, with {limit} more of a completion "
+                    f"{len(prompt) + limit}, but the model has positions for {positions}; use a smaller {option}, or "
+                    f"shorter prompts"
+                )
 
     def completion(self, ids: Sequence[int], finished: bool, generated_tokens: int, note: str = "") -> Completion:
         """The completion with the text of ``ids``."""

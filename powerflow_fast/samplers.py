@@ -139,7 +139,10 @@ def resolve_sampler(sampler: str | Sampler, model: nn.Module, tokenizer: Any, **
     if text.startswith("temperature="):
         text = f"temperature:{text}"
     word, _, rest = text.partition(":")
+    if word == "greedy":
+        raise ConfigError(f"sampler {sampler!r}: greedy has no options, it is 'temperature=0'")
     if word not in SAMPLERS:
+        word = word.partition("=")[0]
         names = (*SAMPLERS, "greedy")
         raise ConfigError(f"sampler {sampler!r}: unknown name {word!r}, known are {list(names)}{suggest(word, names)}")
     kind, known = SAMPLERS[word]

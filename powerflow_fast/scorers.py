@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from typing import Any
 
@@ -201,8 +201,12 @@ def number_score(prompt: Any, completion: str, *, answer: Any) -> float:
     For models that write sentences ("4 - 1 = 3") and know of no box. A number at which a completion was cut off counts
     as its last one.
     """
+    try:
+        wanted = Decimal(str(answer).replace(",", "").strip())
+    except InvalidOperation:
+        raise ValueError(f"number_score: answer must be a number, got {answer!r}") from None
     given = last_number(completion)
-    return float(given is not None and Decimal(given) == Decimal(str(answer).replace(",", "").strip()))
+    return float(given is not None and Decimal(given) == wanted)
 
 
 # Letters

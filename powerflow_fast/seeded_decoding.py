@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, RolloutError
+from .errors import ConfigError, ModelError, RolloutError
 from .heads import evaluating, unwrap_peft
 from .models import max_positions
 from .rollout import ModelEngine, checked_prompts, own_generation_config_aside
@@ -76,6 +76,11 @@ class SeededDecoder(ModelEngine):
         eos_ids: Sequence[int] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
+        lm = unwrap_peft(model)
+        if getattr(lm.config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{type(lm).__name__} is an encoder-decoder model; only decoder-only causal LMs can be drawn from"
+            )
         super().__init__(
             model,
             tokenizer,

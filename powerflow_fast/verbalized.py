@@ -150,6 +150,12 @@ class VerbalizedSampler(ModelSampler):
                     done[place] = found
         return [[done[row, j] for j in range(num_samples)] for row in range(len(rows))]
 
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        """As the base class; of the prompts that ask for answers too."""
+        super().check(rows)
+        limit = self.reply_length or 1  # without one it is what there is room for
+        self._check_room(rows, self.encode([self._asking(row) for row in rows]), limit, "reply_length")
+
     def _asking(self, row: PromptRow) -> PromptRow:
         """The row with its last message put into the instruction."""
         messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt

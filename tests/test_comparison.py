@@ -349,7 +349,10 @@ def test_samples_are_shown_as_they_are(tmp_path):
     ("change", "message"),
     [
         ({"problems": "other"}, r"same problems, got 'sums' \(a\) and 'other' \(b\)"),
-        ({"settings": {"num_samples": 8, "problems_fingerprint": "7"}}, r"same problems, got None \(a\) and '7' \(b\)"),
+        (
+            {"settings": {"num_samples": 8, "problems_fingerprint": "7"}},
+            r"same problems: their problems_fingerprint differs, got None \(a\) and '7' \(b\)",
+        ),
         ({"settings": {"num_samples": 4}}, r"same num_samples, got 8 \(a\) and 4 \(b\)"),
         ({"settings": {"num_samples": 8, "confidence": 0.9}}, r"same confidence, got 0.95 \(a\) and 0.9 \(b\)"),
         ({"per_prompt": {"length": [1.0]}}, r"same number of prompts, got 3 \(a\) and 1 \(b\)"),

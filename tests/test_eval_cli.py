@@ -26,6 +26,8 @@ def calls(monkeypatch):
             settings={"num_samples": 2},
             tokens_generated=9,
             seconds=1.0,
+            completions=[{}] * 4,
+            statistics={"moves": 8, "accepted": 2},
             table=lambda: "TABLE",
         )
 
@@ -174,7 +176,7 @@ def test_a_judge_that_goes_down_is_asked_for_the_rest_only(endpoint, tmp_path, c
     words += ["--measures", "judge", "--judge-url", url, "--judge-model", "j", "--output-dir", str(tmp_path / "out")]
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert "All completions are in" in err and "judge.jsonl" in err and err.count("\n") == 1
+    assert "Nothing is lost: the 6 completions are in" in err and "judge.jsonl" in err and err.count("\n") == 1
     assert len((tmp_path / "out" / "completions.jsonl").read_text().splitlines()) == 6
     state["left"] = 99
     assert main(words) == 0

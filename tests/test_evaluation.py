@@ -382,7 +382,10 @@ class FakeJudge:
 def test_a_judge_and_an_encoder(tiny, tmp_path):
     with pytest.raises(JudgeError) as error:
         scripted(tiny, judge=FakeJudge(1), output_dir=tmp_path)
-    assert str(error.value) == f"http://here is down. All completions are in {tmp_path / 'completions.jsonl'}"
+    assert str(error.value) == (
+        f"http://here is down. Nothing is lost: the 12 completions are in {tmp_path / 'completions.jsonl'}: call again "
+        "with this output_dir, and they are scored without sampling again"
+    )
     assert (error.value.done, error.value.total) == (3, 12)
     assert all(record["score"] is not None for record in lines(tmp_path))
     sampler, judge = Scripted(), FakeJudge()

@@ -318,6 +318,7 @@ def test_a_file_that_is_no_cache_is_left_alone(content, tmp_path):
         (fails(404, "no such model"), "Error code: 404 .*no such model"),
         (fails(400, "bad request"), "Error code: 400 .*bad request"),
         ((200, b"<html>Welcome</html>"), "not in the format of chat completions: '<html>"),
+        ((200, b'{"choices": [{"mess'), 'the answer is not JSON: \'{"choices": '),
         ((200, {"error": {"message": "quota"}}), "not in the format of chat completions: .*quota"),
     ],
 )

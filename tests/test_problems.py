@@ -125,7 +125,9 @@ def test_files_and_lists(tmp_path):
     assert str(tmp_path) not in problems.description
     assert load_problems(file, scorer="exact").scorer is SCORERS["exact"]
     assert load_problems(["a", "b"]).scorer is None
-    assert load_problems([{"prompt": "a", "answer": 1}, {"prompt": "b"}]).scorer is None
+    assert load_problems([{"prompt": "a", "answer": 1}, {"prompt": "b"}]).scorer is SCORERS["math"]
+    with pytest.raises(DataError, match=r"prompts\[1\]: the prompt is not Unicode text: surrogates not allowed"):
+        load_problems(["a", "half of \ud83d"])
     chat = [{"role": "user", "content": "hi"}]
     assert load_problems([chat], instruction=" there").rows[0].prompt == [{"role": "user", "content": "hi there"}]
 

@@ -172,7 +172,8 @@ def test_a_text_names_a_sampler(text, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("temprature=1", r"unknown name 'temprature=1'.*did you mean 'temperature'"),
+        ("greedy:temperature=1", "greedy has no options, it is 'temperature=0'"),
+        ("temprature=1", r"unknown name 'temprature'.*did you mean 'temperature'"),
         ("temperature=hot", "temperature must be a number, got 'hot'"),
         ("temperature=-1", "temperature must be a number >= 0, got -1.0"),
         ("temperature:top_p=0.9", r"unknown option 'top_p', temperature has \['temperature'\]"),

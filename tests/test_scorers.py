@@ -99,7 +99,9 @@ def test_the_last_number(completion, number):
 
 
 def test_an_answer_that_is_no_number_is_an_error():
-    with pytest.raises(ScorerError, match="scorer 'number' raised InvalidOperation"):
+    with pytest.raises(
+        ScorerError, match="scorer 'number' raised ValueError: number_score: answer must be a number, got 'three'"
+    ):
         SCORERS["number"](None, "3", answer="three")
 
 
