@@ -250,3 +250,25 @@ def test_ratio_of_distances(rows):
     assert exact_targets.smaller((1.0, 0.9, 1.1)) is None
     assert exact_targets.within((1.0, 0.9, 1.1)) and exact_targets.within((1.2, 1.1, 1.3)) is False
     assert exact_targets.within((1.05, 1.01, 1.2)) is None and exact_targets.within((1.2, 0.9, 1.5)) is None
+
+
+def test_the_readme_has_what_the_studies_found():
+    import overview
+
+    assert overview.main(["--check"]) == 0, "run python benchmarks/studies/overview.py"
+    block = overview.block()
+    for study in overview.studies():
+        assert f"(benchmarks/studies/{study.name}.md): " in block
+    assert {study.name for study in overview.studies()} == {
+        name for name in NAMES if (STUDIES / f"results/{name}.jsonl").is_file()
+    }, "every study that has rows is in it"
+
+
+def test_a_readme_that_is_not_up_to_date_is_told(tmp_path, monkeypatch):
+    import overview
+
+    monkeypatch.setattr(overview, "README", tmp_path / "README.md")
+    overview.README.write_text(f"a {overview.BEGIN}\nold\n{overview.END} z\n", encoding="utf-8")
+    assert overview.main(["--check"]) == 1
+    assert overview.main([]) == 0 and overview.main(["--check"]) == 0
+    assert overview.README.read_text("utf-8") == f"a {overview.BEGIN}\n{overview.block()}\n{overview.END} z\n"

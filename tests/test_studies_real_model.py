@@ -37,6 +37,7 @@ def test_before_and_after(tiny_smollm2, tmp_path):
     creative, reasoning = (row["changes"] for row in rows)
     assert set(real_model.UNITS) - set(creative) == {"accuracy", "pass@8", "distinct_answers"}
     assert {"accuracy", "pass@2"} <= set(reasoning)
+    assert all(0 <= reasoning["pass@2"][i] <= 1 for i in (0, 1)) and len(rows[0]["alpha_reached"]) == 3
     for row in rows:
         before, after, low, high, prompts = row["changes"]["base_logp"]
         assert prompts == 2 and low <= after - before <= high

@@ -172,6 +172,6 @@ def test_each_baseline_has_its_best_learning_rate():
     rows = common.load(baselines.STUDY.rows_file(STUDIES))
     for method, rate in baselines.BEST_RATE.items():
         swept = [row for row in rows if row["method"] == method and row["seed"] == 0]
-        assert {row["learning_rate"] for row in swept} == set(baselines.RATES)
-        best = max(swept, key=lambda row: sum(row["followed"]["accuracy"][-2:]))
+        assert {row["learning_rate"] for row in swept} == set(baselines.RATES[method])
+        best = max(swept, key=baselines.followed_accuracy)
         assert best["learning_rate"] == rate, method

@@ -1,4 +1,4 @@
-"""What the studies found, as the table in README.md: ``python benchmarks/studies/overview.py`` writes it."""
+"""What the studies found, as README.md has it: ``python benchmarks/studies/overview.py`` writes it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import HERE, Study, load, table
+from common import HERE, Study, load, mean, table
 
 STUDIES = ("exact_targets", "stability", "baselines", "real_model", "alpha_sweep")
+FOLDER = Path("benchmarks/studies")
 README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- studies:begin -->", "<!-- studies:end -->"
 
@@ -22,20 +23,55 @@ def studies() -> list[Study]:
 
 
 def block() -> str:
-    """A line for each study: claims that did not hold and that held, and how long it ran."""
-    lines = []
-    for study in studies():
-        rows = load(study.rows_file(HERE))
-        held = [claim.held for claim in study.claims(rows)]
-        minutes = sum(row["seconds"] for row in rows) / 60
-        page = study.page_file(Path("benchmarks/studies")).as_posix()
-        counts = (str(held.count(value)) for value in (False, None, True))
-        lines.append((f"[{study.title}]({page})", *counts, f"{minutes:.0f} min"))
-    return table(("study", "claims that did not hold", "undecided", "held", "CPU time"), lines)
+    """What alpha does, how the methods compare, and what each study found."""
+    parts = []
+    for name, part in (("alpha_sweep", picture), ("baselines", methods)):
+        study = next((study for study in studies() if study.name == name), None)
+        parts += [] if study is None else [part(study)]
+    return "\n\n".join([*parts, "\n".join(map(line, studies()))])
+
+
+def picture(study: Study) -> str:
+    file = study.figure_file(FOLDER, "sums").as_posix()
+    return f"![{study.figures['sums'].caption}]({file})"
+
+
+def methods(study: Study) -> str:
+    """A line for each method: accuracy with its interval, the best of 16, diversity, cost."""
+    import baselines
+
+    from powerflow_fast.estimates import mean_interval
+
+    rows, lines = load(study.rows_file(HERE)), []
+    for method in baselines.methods(rows):
+        of_method = baselines.chosen(rows, method)
+        accuracy = mean_interval(baselines.per_problem(rows, method, "pass"))
+        best = mean(baselines.per_problem(rows, method, "pass", baselines.SAMPLES))
+        strategies = mean(baselines.per_problem(rows, method, "strategies"))
+        costs = [mean(row[name] for row in of_method) for name in ("training_tokens", "tokens_per_answer")]
+        cells = (
+            f"{accuracy.value:.2f} ({accuracy.low:.2f} to {accuracy.high:.2f})",
+            f"{best:.2f}",
+            f"{strategies:.1f}",
+        )
+        lines.append((method, *cells, f"{costs[0]:,.0f}", f"{costs[1]:,.0f}"))
+    n = baselines.SAMPLES
+    header = ("arithmetic in visible steps, a transformer trained here", f"avg@{n}", f"pass@{n}", f"strategies of {n}")
+    return table((*header, "tokens to train", "tokens per answer"), lines)
+
+
+def line(study: Study) -> str:
+    """The study with the number of claims that did not hold and that held."""
+    rows = load(study.rows_file(HERE))
+    held = [claim.held for claim in study.claims(rows)]
+    counts = f"{held.count(False)} claims did not hold, {held.count(True)} held"
+    if undecided := held.count(None):
+        counts += f", {undecided} undecided"
+    return f"* [{study.title}]({study.page_file(FOLDER).as_posix()}): {counts}"
 
 
 def with_block(text: str) -> str:
-    """The README's text with the table of now."""
+    """The README's text with the block of now."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return f"{before}{BEGIN}\n{block()}\n{END}{after}"

@@ -39,10 +39,10 @@ MEASURES = {
     "accuracy": "right answers, share",
     "length": "length, tokens",
     "finished": "ended by itself, share",
-    "repetition": "4-grams that repeat within a completion, share",
+    "repetition": "repeated 4-grams in a completion, share",
     "distinct_2": "distinct bigrams of a problem's completions, share",
     "answers": f"distinct answers among {GENERATIONS} completions",
-    "strategies": f"distinct strategies among {GENERATIONS} completions",
+    "strategies": f"distinct strategies among {GENERATIONS} completions, what is none of the five counted as one",
     "direct": "answers without a step, share",
     "entropy": "entropy of the next token, nats",
 }
