@@ -16,7 +16,16 @@ from powerflow_fast.report import METRICS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
 CONFIG = {field.name: field.default for field in dataclasses.fields(PowerFlowConfig)}
-COLUMNS = {"repetition", "finished", "format_ok", "clip_fraction", "grad_norm", "skipped_steps", "rollout_logp_gap_max"}
+COLUMNS = {
+    "policy_alpha",
+    "repetition",
+    "finished",
+    "format_ok",
+    "clip_fraction",
+    "grad_norm",
+    "skipped_steps",
+    "rollout_logp_gap_max",
+}
 PLAIN = {"evaluate", "p_base", "q", "y", "r", "s", "w", "format_fn"}
 
 
@@ -40,7 +49,7 @@ def test_columns_are_recorded(tmp_path):
     config = PowerFlowConfig(
         output_dir=str(tmp_path), num_sample_prompts=0, rollout_engine="hf", self_check=False, **sizes
     )
-    result = train(tiny_model(), ["ab"], alpha=2.0, tokenizer=tiny_tokenizer(), config=config)
+    result = train(tiny_model(), ["ab"], alpha="auto:entropy=2.0", tokenizer=tiny_tokenizer(), config=config)
     assert result.history[0].keys() | METRICS.keys() >= COLUMNS  # the gap is of engines that give log-probs
 
 
