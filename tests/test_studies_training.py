@@ -168,10 +168,17 @@ def test_a_comparison_of_baselines_is_open_where_its_interval_holds_both():
     assert baselines.compare([row(baselines.OURS, [1])], "Ours is above.", "EMPO", "pass") == []
 
 
+@pytest.mark.parametrize("study", [stability.STUDY, baselines.STUDY], ids=lambda study: study.name)
+def test_committed_rows_are_of_the_cases_of_now(study):
+    rows = common.load(study.rows_file(STUDIES))
+    cases = study.cases(False, study.seeds)
+    assert len(rows) == len(cases) and all(len(common.select(rows, **case)) == 1 for case in cases)
+
+
 def test_each_baseline_has_its_best_learning_rate():
     rows = common.load(baselines.STUDY.rows_file(STUDIES))
     for method, rate in baselines.BEST_RATE.items():
         swept = [row for row in rows if row["method"] == method and row["seed"] == 0]
         assert {row["learning_rate"] for row in swept} == set(baselines.RATES[method])
-        best = max(swept, key=baselines.followed_accuracy)
+        best = max(swept, key=baselines.accuracy)
         assert best["learning_rate"] == rate, method
