@@ -312,8 +312,7 @@ TB-traj is trained to the same p^α.
 
 Not chosen blindly: base, format penalty and first learning rate were fixed after pilot runs in which LA-TB's own
 results were looked at (on a base of 1200 steps, with a rate of 1e-3, it came to about 0.55), and hardly any rival's.
-Rates were
-swept afterwards for all, and the rule that picks them was changed once, because it had served EMPO badly.
+Rates were swept afterwards for all, and the rule that picks them was changed once, because it had served EMPO badly.
 """
 
 STUDY = Study(

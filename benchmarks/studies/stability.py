@@ -242,8 +242,7 @@ held-out problems with {GENERATIONS} completions each. An end is the mean of the
 
 Not chosen blindly: base, format penalty and first learning rate were fixed after pilot runs in which LA-TB's own
 results were looked at (on a base of 1200 steps, with a rate of 1e-3, it came to about 0.55), and hardly any rival's.
-Other rates
-were tried afterwards, with one seed.
+Other rates were tried afterwards, with one seed.
 """
 
 STUDY = Study(
