@@ -68,9 +68,7 @@ def line(study: Study) -> str:
     """The study with the number of claims that did not hold and that held."""
     rows = load(study.rows_file(HERE))
     held = [claim.held for claim in study.claims(rows)]
-    counts = f"{held.count(False)} claims did not hold, {held.count(True)} held"
-    if undecided := held.count(None):
-        counts += f", {undecided} undecided"
+    counts = f"{held.count(False)} of {len(held)} claims did not hold, {held.count(None)} can't be decided"
     return f"* [{study.title}]({study.page_file(FOLDER).as_posix()}): {counts}"
 
 
