@@ -92,6 +92,11 @@ class Alpha:
         """Nothing was observed yet that a first exponent could be chosen from."""
         return self.auto and not self._sums
 
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether :meth:`observe` reads entropies, a pass of their own over the vocabulary."""
+        return self.auto and self.request.quantity == "entropy"
+
     def observe(self, samples: Samples, logps: Tensor, entropy: Tensor | None, accelerator: Any) -> float:
         """The next alpha, after a fresh rollout's ``logps`` and token entropies, (N,) each, under the policy.
 

@@ -308,8 +308,8 @@ class Run:
                 part = self.collector.replay(per_step // config.num_generations)
             if self.alpha.needs_start:
                 with self._abandonable():
-                    scores = self.updater.score_policy(part, need_stats=True)
-                self._choose_alpha(part, scores.logps, scores.stats.entropy)
+                    scores = self.updater.score_policy(part, need_stats=self.alpha.needs_entropy)
+                self._choose_alpha(part, scores.logps, scores.stats.entropy if self.alpha.needs_entropy else None)
             # An untrained head starts at the best constant; a first step that is skipped leaves it untrained.
             if self.policy.log_z_head is not None and not self.optimizer.state:
                 self._warm_start(part)
@@ -373,11 +373,12 @@ class Run:
         """One optimiser step, the ``first`` on its rollout or not; none where loss or gradient are not finite."""
         on_policy = first and self.collector.samples_policy and not self.objective.needs_old_logps
         observed = first and self.alpha.auto
+        need_entropy = logged or (observed and self.alpha.needs_entropy)
         self.updater.steps_made = self.step
         started = time.perf_counter()
         self.wrapped.train()
         with self._abandonable():
-            sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=logged or observed)
+            sums = self.updater.gradient(samples, on_policy=on_policy, need_entropy=need_entropy)
         max_norm = self.config.max_grad_norm or float("inf")
         grad_norm = whole_number(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm))
         loss = float(self.accelerator.reduce(sums.loss, reduction="sum"))

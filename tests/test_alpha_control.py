@@ -24,6 +24,7 @@ from powerflow_fast.packing import segment_sum
 from powerflow_fast.partition import LogZHead
 from powerflow_fast.rollout import HFGenerateEngine
 from powerflow_fast.samples import Samples
+from powerflow_fast.update import Updater
 
 ALONE = SimpleNamespace(reduce=lambda values, reduction: values)
 
@@ -272,3 +273,25 @@ def test_a_bound_is_named(caplog):
     alpha.check()
     assert "auto:logp=-0.5: mean log-prob per token under the base model -2 nats" in caplog.text
     assert "(+300.0%)" in caplog.text and "at its bound 16" in caplog.text
+
+
+def test_entropies_are_made_where_they_are_read_and_nowhere_else(tmp_path, monkeypatch):
+    asked = []
+
+    def watch(name, option):
+        original = getattr(Updater, name)
+
+        def watched(self, *arguments, **options):
+            asked.append(options[option])
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(Updater, name, watched)
+
+    watch("gradient", "need_entropy")
+    watch("score_policy", "need_stats")
+    options = {"max_steps": 3, "logging_steps": 3, "num_sample_prompts": 0, "log_z": "group"}
+    run(tmp_path, name="logp", alpha="auto:logp=-2.0", **options)
+    assert asked == [False, False, False, True], "the first exponent, three steps, of which the last is logged"
+    asked.clear()
+    run(tmp_path, name="entropy", alpha="auto:entropy=2.0", **options)
+    assert asked == [True] * 4
