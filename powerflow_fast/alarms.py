@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from .config import PowerFlowConfig
 
-__all__ = ["Alarms", "repeated_ngrams"]
+__all__ = ["Alarms"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +21,6 @@ _ADVICE = {
     "clip_fraction": "samples are too stale for the importance ratio: lower learning_rate, num_iterations or "
     "steps_per_generation, or set importance_level=length_normalized",
 }
-
-
-def repeated_ngrams(completions: Sequence[Sequence[int]], n: int = 4) -> tuple[int, int]:
-    """N-grams that came before in the same completion, and all n-grams, summed over ``completions``."""
-    repeated = total = 0
-    for ids in completions:
-        grams = list(zip(*(ids[k:] for k in range(n)), strict=False))
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
-    return repeated, total
 
 
 class Alarms:

@@ -14,7 +14,15 @@ import numpy
 
 from .errors import ConfigError
 
-__all__ = ["Encoder", "distinct_n", "minilm_encoder", "repetition", "self_bleu", "semantic_diversity"]
+__all__ = [
+    "Encoder",
+    "distinct_n",
+    "minilm_encoder",
+    "repeated_ngrams",
+    "repetition",
+    "self_bleu",
+    "semantic_diversity",
+]
 
 _ORDER = 4  # of BLEU
 
@@ -38,8 +46,18 @@ def repetition(sequences: Sequence[Sequence[Any]], n: int = 4) -> float:
     Sequences shorter than ``n`` have no n-grams and are left out; NaN when all are. Source: seq-rep-n of Welleck et al.
     2020, arXiv 1908.04319, section 6.
     """
-    grams = [found for s in sequences if (found := _ngrams("repetition", s, n))]
-    return sum((len(g) - len(set(g))) / len(g) for g in grams) / len(grams) if grams else math.nan
+    shares = [repeated / total for s in sequences for repeated, total in [repeated_ngrams([s], n)] if total]
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def repeated_ngrams(sequences: Sequence[Sequence[Any]], n: int = 4) -> tuple[int, int]:
+    """N-grams that came before in the same sequence, and all n-grams, summed over ``sequences``."""
+    repeated = total = 0
+    for sequence in sequences:
+        grams = _ngrams("repetition", sequence, n)
+        repeated += len(grams) - len(set(grams))
+        total += len(grams)
+    return repeated, total
 
 
 def _ngrams(op: str, sequence: Sequence[Any], n: int) -> list[tuple[Any, ...]]:

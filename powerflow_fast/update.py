@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .alarms import repeated_ngrams
 from .attention import attending, break_even
 from .config import PowerFlowConfig
+from .diversity import repeated_ngrams
 from .errors import DeviceMemoryError
 from .log_z_table import LogZTable
 from .logprobs import LogprobStats

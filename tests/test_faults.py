@@ -17,8 +17,9 @@ from test_trainer import run, same, weights
 from tiny import tiny_model, tiny_tokenizer
 
 from powerflow_fast import PowerFlowConfig, results, training_run
-from powerflow_fast.alarms import Alarms, repeated_ngrams
+from powerflow_fast.alarms import Alarms
 from powerflow_fast.checkpoint import latest_checkpoint, load_checkpoint
+from powerflow_fast.diversity import repeated_ngrams
 from powerflow_fast.errors import NonFiniteLossError, OutputDirError, RunStopped
 from powerflow_fast.faults import Abandoned, StopRequest
 from powerflow_fast.report import HistoryWriter, read_history

@@ -24,9 +24,8 @@ from common import Row, mean
 from torch import nn
 
 from powerflow_fast import train
-from powerflow_fast.alarms import repeated_ngrams
 from powerflow_fast.answers import extract_answer
-from powerflow_fast.diversity import distinct_n
+from powerflow_fast.diversity import distinct_n, repeated_ngrams
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.packing import pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
