@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .estimates import Change, Measure, paired_change, pass_at_k
-from .evaluation_measures import MEASURES
+from .evaluation_measures import MEASURES, correct_counts
 from .evaluation_result import describe_statistics
 
 __all__ = [
@@ -181,11 +181,10 @@ def _solved(run: Run, k: int) -> list[float] | None:
     """pass@k of each problem: a score of 1 or more is right. None where a problem has too few scores."""
     if k not in run.pass_at_k or len(run.completions) != run.prompts:
         return None
-    groups = [[c.get("score") for c in run.completions.get(i, ())] for i in range(run.prompts)]
-    if any(len(scores) < k or None in scores for scores in groups):
+    groups = [run.completions.get(i, ()) for i in range(run.prompts)]
+    if any(len(records) < k or any(r.get("score") is None for r in records) for records in groups):
         return None
-    correct = [sum(score >= 1 for score in scores) for scores in groups]
-    return pass_at_k(correct, [len(scores) for scores in groups], k)
+    return pass_at_k(correct_counts(groups), [len(records) for records in groups], k)
 
 
 def _row(

@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 from test_trainer import run
 
-STEPS = 60
 
-
-def train_to_the_end(folder: str, name: str, resume: bool | None, steps: int = STEPS) -> None:
+def train_to_the_end(folder: str, name: str, resume: bool | None, steps: int) -> None:
     torch.set_num_threads(1)  # a fork has one thread, whatever the pool of its parent
     run(
         Path(folder),

@@ -62,18 +62,11 @@ def prompts_of(task: str, count: int, *, held_out: bool) -> list[DemoPrompt]:
     return reasoning_prompts(count, held_out=held_out)
 
 
-def any_right(completions: Sequence[Row], problems: int) -> list[float]:
-    """pass@n of n completions: 1 for each problem with a right one."""
-    found = [0.0] * problems
-    for row in completions:
-        found[row["problem"]] = max(found[row["problem"]], float(row["score"] >= 1))
-    return found
-
-
 def run(case: Row) -> Iterator[Row]:
     """Evaluate the base, train, evaluate with the same prompts and seed; one row."""
     from powerflow_fast import PowerFlowConfig, evaluate, train
-    from powerflow_fast.estimates import paired_change
+    from powerflow_fast.estimates import paired_change, pass_at_k
+    from powerflow_fast.evaluation_measures import correct_counts
 
     folder, task = smollm2_model(), case["task"]
     held_out = [
@@ -113,8 +106,11 @@ def run(case: Row) -> Iterator[Row]:
         after = evaluate(result.model, held_out, tokenizer=result.tokenizer, name="after", **measured)
     values = [dict(e.per_prompt) for e in (before, after)]
     if task == REASONING:
+        n = case["num_samples"]
         for found, evaluation in zip(values, (before, after), strict=True):
-            found[f"pass@{case['num_samples']}"] = any_right(evaluation.completions, len(held_out))
+            rows = evaluation.completions  # problem by problem
+            correct = correct_counts([rows[i : i + n] for i in range(0, len(rows), n)])
+            found[f"pass@{n}"] = pass_at_k(correct, n, n)
     changes = {}
     for name, old in values[0].items():
         change = paired_change(old, values[1][name])
