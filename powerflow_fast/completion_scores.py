@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,12 +16,20 @@ from .data import PromptRow, encode_prompt
 from .errors import ConfigError, ModelError, ScorerError
 from .evaluation_files import CompletionStore, weights_digest
 from .heads import evaluating, is_peft
-from .models import BaseScorer, CausalLMScorer, load_model, max_positions, pad_token_id, weights_fingerprint
-from .packing import pad_batch, segment_sum
+from .models import (
+    BaseScorer,
+    CausalLMScorer,
+    ScorerOutput,
+    load_model,
+    max_positions,
+    pad_token_id,
+    weights_fingerprint,
+)
+from .packing import PaddedBatch, pad_batch, segment_sum
 from .samples import runs
 from .scorers import NamedScorer
 
-__all__ = ["BaseModel", "check_vocabulary", "fill_likelihoods", "fill_scores", "resolve_base"]
+__all__ = ["BaseModel", "check_vocabulary", "fill_likelihoods", "fill_scores", "resolve_base", "scored_batches"]
 
 
 def fill_scores(store: CompletionStore, rows: Sequence[PromptRow], scorer: NamedScorer) -> None:
@@ -44,6 +52,24 @@ def fill_scores(store: CompletionStore, rows: Sequence[PromptRow], scorer: Named
                 ) from error
     finally:
         store.save()
+
+
+def scored_batches(
+    scorer: CausalLMScorer,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    *,
+    temperature: float,
+    pad_id: int,
+    batch_size: int,
+) -> Iterator[tuple[Sequence[int], PaddedBatch, ScorerOutput]]:
+    """Completions in their order, ``batch_size`` at once: their places, the batch, and its scores with ``stats``."""
+    for part in runs(len(prompts), batch_size):
+        batch = pad_batch([prompts[i] for i in part], [completions[i] for i in part], pad_id)
+        batch = batch.to(scorer.head.weight.device)
+        with torch.no_grad(), evaluating(scorer.model):
+            out = scorer(batch, temperature=temperature, need_stats=True)
+        yield part, batch, out
 
 
 @dataclass(frozen=True)
@@ -123,22 +149,20 @@ def fill_likelihoods(
     # Alike lengths waste little padding, and the longest come first: where memory does not do, it shows at once.
     todo.sort(key=lambda r: len(prompts[r["problem"]]) + len(r["ids"]), reverse=True)
     try:
-        for part in runs(len(todo), batch_size):
-            records = [todo[i] for i in part]
-            batch = pad_batch([prompts[r["problem"]] for r in records], [r["ids"] for r in records], pad).to(device)
-            with torch.no_grad(), evaluating(model):
-                out = scorer(batch, temperature=temperature, need_stats=True)
-            lengths = batch.completion_lengths
-            entropy = segment_sum(out.stats.entropy, out.cu_seqlens) / lengths
+        new = [r for r in todo if r.get("logp") is None]
+        texts = [prompts[r["problem"]] for r in new], [r["ids"] for r in new]
+        for part, batch, out in scored_batches(
+            scorer, *texts, temperature=temperature, pad_id=pad, batch_size=batch_size
+        ):
+            entropy = segment_sum(out.stats.entropy, out.cu_seqlens) / batch.completion_lengths
             found = {"logp": segment_sum(out.logps, out.cu_seqlens).tolist(), "entropy": entropy.tolist()}
-            if base is not None:
-                logps = base.scorer.score(batch, temperature=temperature)
-                found["base_logp"] = segment_sum(logps, batch.cu_seqlens).tolist()
-            _check_finite(records, found, base)
-            for k, record in enumerate(records):
-                record.update({name: values[k] for name, values in found.items()})
-                if not record["ids"]:
-                    record["entropy"] = None
+            _fill([new[i] for i in part], found, "the model")
+        new = [] if base is None else [r for r in todo if r.get("base_logp") is None]
+        for part in runs(len(new), batch_size):
+            records = [new[i] for i in part]
+            batch = pad_batch([prompts[r["problem"]] for r in records], [r["ids"] for r in records], pad).to(device)
+            logps = base.scorer.score(batch, temperature=temperature)
+            _fill(records, {"base_logp": segment_sum(logps, batch.cu_seqlens).tolist()}, f"base {base.name!r}")
     finally:
         store.save()
 
@@ -161,14 +185,16 @@ def check_vocabulary(base: BaseModel, tokenizer: Any, used: set[int]) -> None:
             )
 
 
-def _check_finite(
-    records: Sequence[Mapping[str, Any]], found: Mapping[str, Sequence[float]], base: BaseModel | None
-) -> None:
+def _fill(records: Sequence[dict[str, Any]], found: Mapping[str, Sequence[float]], under: str) -> None:
+    """``found`` into the records, if all of it is numbers; a completion without tokens has no entropy."""
     for name, values in found.items():
         for record, value in zip(records, values, strict=True):
             if record["ids"] and not math.isfinite(value):
-                of = "the model" if base is None or name != "base_logp" else f"base {base.name!r}"
                 raise ModelError(
                     f"evaluate: {name} of the completion {record['sample']} of problem {record['problem']} is {value} "
-                    f"under {of}; are its weights finite?"
+                    f"under {under}; are its weights finite?"
                 )
+    for k, record in enumerate(records):
+        record.update({name: values[k] for name, values in found.items()})
+        if not record["ids"]:
+            record["entropy"] = None

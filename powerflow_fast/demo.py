@@ -18,13 +18,14 @@ import numpy
 import torch
 from torch import nn
 
+from .completion_scores import scored_batches
 from .config import PowerFlowConfig
 from .data import PromptRow, encode_prompt
 from .demo_prompts import DemoPrompt, demo_prompts, reasoning_score
 from .diversity import distinct_n
 from .estimates import Change, paired_change
 from .models import CausalLMScorer, load_model
-from .packing import pad_batch, segment_sum
+from .packing import segment_sum
 from .report import Sample, format_samples, format_table, write_samples
 from .rollout import HFGenerateEngine
 from .smollm2 import smollm2_model
@@ -103,17 +104,14 @@ def draw(
     return Drawn(k, rollout.completion_ids, rollout.finished, texts, entropy, policy_logp, base_logp)
 
 
-@torch.no_grad()
 def _score(
     model: nn.Module, prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_id: int, temperature: float
 ) -> tuple[list[float], list[float]]:
     """For each sequence the mean over its completion tokens of the log-prob and of the entropy."""
     scorer = CausalLMScorer(model)
     logps, entropies = [], []
-    for start in range(0, len(prompt_ids), _BATCH):
-        part = slice(start, start + _BATCH)
-        batch = pad_batch(prompt_ids[part], completion_ids[part], pad_id).to(scorer.head.weight.device)
-        out = scorer(batch, temperature=temperature, need_stats=True)
+    options = {"temperature": temperature, "pad_id": pad_id, "batch_size": _BATCH}
+    for _, batch, out in scored_batches(scorer, prompt_ids, completion_ids, **options):
         lengths = batch.completion_lengths.clamp_min(1)
         logps += (segment_sum(out.logps, out.cu_seqlens) / lengths).tolist()
         entropies += (segment_sum(out.stats.entropy, out.cu_seqlens) / lengths).tolist()

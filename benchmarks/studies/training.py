@@ -25,9 +25,9 @@ from torch import nn
 
 from powerflow_fast import train
 from powerflow_fast.answers import extract_answer
+from powerflow_fast.completion_scores import scored_batches
 from powerflow_fast.diversity import distinct_n, repeated_ngrams
 from powerflow_fast.models import CausalLMScorer
-from powerflow_fast.packing import pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
 from powerflow_fast.scorers import boxed_score
 
@@ -164,12 +164,8 @@ def measures(model: nn.Module, tokenizer: Any, rows: Sequence[Row], *, seed: int
     }
 
 
-@torch.no_grad()
 def _entropy(model: nn.Module, prompts: list[list[int]], completions: list[list[int]], pad_id: int) -> float:
     """Mean over all tokens of the entropy of the model's distribution there."""
-    scorer = CausalLMScorer(model)
-    found = [
-        scorer(pad_batch(prompts[i : i + 128], completions[i : i + 128], pad_id), temperature=1.0, need_stats=True)
-        for i in range(0, len(prompts), 128)
-    ]
-    return float(torch.cat([out.stats.entropy for out in found]).mean())
+    options = {"temperature": 1.0, "pad_id": pad_id, "batch_size": 128}
+    found = scored_batches(CausalLMScorer(model), prompts, completions, **options)
+    return float(torch.cat([out.stats.entropy for _, _, out in found]).mean())
