@@ -17,6 +17,7 @@ from powerflow_fast.errors import ConfigError, DataError, JudgeError, OutputDirE
 from powerflow_fast.estimates import mean_interval
 from powerflow_fast.evaluation import Evaluation, during_training, evaluate
 from powerflow_fast.evaluation_measures import MEASURES
+from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.power_order import length_tilt
 from powerflow_fast.samplers import Completion, TemperatureSampler
 from powerflow_fast.scorers import NamedScorer
@@ -474,3 +475,15 @@ def test_it_is_public_and_lazy():
     assert powerflow_fast.evaluate is evaluate and powerflow_fast.Evaluation is Evaluation
     with pytest.raises(AttributeError, match="has no attribute 'evaluator'"):
         powerflow_fast.evaluator  # noqa: B018
+
+
+def test_a_base_that_comes_later_does_not_score_the_model_again(tiny, tmp_path, monkeypatch):
+    scripted(tiny, measures=["likelihood"], output_dir=tmp_path)
+    own, base, scored = [line["logp"] for line in lines(tmp_path)], tiny_model(seed=5), []
+    forward = CausalLMScorer.forward
+    monkeypatch.setattr(
+        CausalLMScorer, "forward", lambda self, *a, **k: (scored.append(self.model), forward(self, *a, **k))[1]
+    )
+    result = scripted(tiny, measures=["likelihood"], output_dir=tmp_path, base=base)
+    assert len(scored) == 3 and all(model is base for model in scored), "twelve completions, four at once"
+    assert [line["logp"] for line in lines(tmp_path)] == own and "inversion_rate" in result.measures
