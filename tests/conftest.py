@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ if not torch.cuda.is_available():
     import triton_interpreter
 
     triton_interpreter.install()
+
+# What tests share with the studies: models that can be enumerated.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "studies"))
 
 # Tiny tensors gain nothing from a second thread, and results do not depend on the machine's cores.
 torch.set_num_threads(1)

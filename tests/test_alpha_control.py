@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_exact_target import enumerable_lm, log_probs
+from enumerable import enumerable_lm, log_probs
 from test_resume import Killed, kill_after
 from test_trainer import run, same, weights
 from tiny import one_thread  # noqa: F401

@@ -6,67 +6,14 @@ One fixed length: exactly p_base^α, normalised. Several lengths: p_base^α · e
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-import transformers as tf
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import powerflow_fast
 from powerflow_fast.config import PowerFlowConfig
 
-LETTERS = "abcde"
-END = LETTERS.index("e")
-
-
-def enumerable_lm(*, ends: bool):
-    """(model, tokenizer, every completion it can give): 3 tokens of 5, or up to 4 tokens ended by 'e' or the limit."""
-    torch.manual_seed(3)
-    tokens = {"pad_token": "a"} | ({"eos_token": "e"} if ends else {})
-    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LETTERS)}, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
-    config = tf.LlamaConfig(
-        vocab_size=5,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=None,
-        eos_token_id=END if ends else None,
-    )
-    model = tf.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.05)  # no completion is so rare that it is never drawn
-    if not ends:
-        return model, tokenizer, list(itertools.product(range(5), repeat=3))
-    letters = range(END)
-    completions = [(*head, END) for length in range(4) for head in itertools.product(letters, repeat=length)] + list(
-        itertools.product(letters, repeat=4)
-    )
-    return model, tokenizer, completions
-
-
-@torch.no_grad()
-def log_probs(model, completions):
-    """Exact log-prob of each completion after the prompt 'a', by plain transformers."""
-    total = []
-    for completion in completions:
-        logits = model(torch.tensor([[0, *completion]])).logits[0, :-1].double().log_softmax(-1)
-        total.append(logits.gather(1, torch.tensor(completion)[:, None]).sum())
-    return torch.stack(total)
-
-
-def power_target(base, lengths, alpha):
-    """p_base^α exp(−λ|y|), with the λ that makes it sum to one."""
-    low, high = torch.tensor(-50.0).double(), torch.tensor(50.0).double()
-    for _ in range(100):
-        middle = (low + high) / 2
-        too_heavy = (alpha * base - middle * lengths).exp().sum() > 1
-        low, high = (middle, high) if too_heavy else (low, middle)
-    return (alpha * base - low * lengths).exp()
+pytest.importorskip("enumerable", reason="benchmarks/ isn't part of this copy")
+from enumerable import enumerable_lm, log_probs, tilted
 
 
 def total_variation(p, q):
@@ -83,7 +30,7 @@ def test_training_reaches_the_power_of_the_base(alpha, log_z, ends, tmp_path):
     base = log_probs(model, completions)
     assert abs(float(base.exp().sum()) - 1) < 1e-5, "the completions are all there is"
     lengths = torch.tensor([len(c) for c in completions]).double()
-    target = power_target(base, lengths, alpha)
+    target = tilted(alpha * base, lengths)
     if not ends:
         torch.testing.assert_close(target, (alpha * base).softmax(0))
     config = PowerFlowConfig(

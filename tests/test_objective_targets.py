@@ -6,7 +6,6 @@ is trained on samples.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from powerflow_fast.residuals import RESIDUAL_LOSSES
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 if not (STUDIES / "enumerable.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
-sys.path.append(str(STUDIES))
 
 from enumerable import World  # noqa: E402
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from test_exact_target import END, enumerable_lm, total_variation
+from enumerable import LM_END as END
+from enumerable import enumerable_lm
+from test_exact_target import total_variation
 from test_rollout import chi_square
 from tiny import EOS, one_thread, tiny_model, tiny_tokenizer  # noqa: F401
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from powerflow_fast.objective_registry import OBJECTIVES
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 if not (STUDIES / "common.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
-sys.path.append(str(STUDIES))
 
 import common  # noqa: E402
 import exact_targets  # noqa: E402

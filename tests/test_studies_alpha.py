@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,18 @@ from tiny import one_thread  # noqa: F401 - matrices are tiny
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 if not (STUDIES / "common.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
-sys.path.append(str(STUDIES))
 
 import alpha_sweep  # noqa: E402
 import arithmetic  # noqa: E402
 import common  # noqa: E402
+import enumerable  # noqa: E402
 import training  # noqa: E402
 
 
 @torch.no_grad()
 def test_what_is_compared_with_is_exact():
-    model, _, words = alpha_sweep.enumerable_model()
-    base = alpha_sweep.log_probs(model, words)
+    model, _, words = enumerable.enumerable_lm(ends=True)
+    base = enumerable.log_probs(model, words)
     lengths = torch.tensor([len(word) for word in words])
     assert float(base.exp().sum()) == pytest.approx(1, abs=1e-6) and len(set(words)) == len(words)
     one_by_one = [
@@ -38,8 +37,8 @@ def test_what_is_compared_with_is_exact():
     entropies = (-(logp.exp() * logp).sum(-1)).where(passed, 0.0).sum(1)
     mean = float(chances @ entropies / (chances @ lengths.double()))
     assert alpha_sweep.entropy_of(chances, words) == pytest.approx(mean, rel=1e-5)
-    torch.testing.assert_close(alpha_sweep.tilted(base, words, 1.0), chances, rtol=0, atol=1e-6)
-    target = alpha_sweep.tilted(base, words, 3.0)
+    torch.testing.assert_close(alpha_sweep.target_of(base, words, 1.0), chances, rtol=0, atol=1e-6)
+    target = alpha_sweep.target_of(base, words, 3.0)
     for quantity, value in alpha_sweep.both(target, base, words).items():
         assert alpha_sweep.exact_alpha(base, words, quantity, value) == pytest.approx(3, rel=1e-6)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy
@@ -12,7 +11,6 @@ from tiny import tiny_model, tiny_tokenizer
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 if not (STUDIES / "common.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
-sys.path.append(str(STUDIES))
 
 import common  # noqa: E402
 import real_model  # noqa: E402

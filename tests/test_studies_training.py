@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from powerflow_fast.scorers import boxed_score
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 if not (STUDIES / "common.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
-sys.path.append(str(STUDIES))
 
 import arithmetic  # noqa: E402
 import baselines  # noqa: E402

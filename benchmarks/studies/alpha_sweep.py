@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from common import BLACK, BLUE, GREY, ORANGE, VERMILION, Claim, Picture, Row, Study, main, mean, select, table, tidy
+from enumerable import enumerable_lm, log_probs, tilted
 from torch import Tensor, nn
 from training import BASE_NOTE, GENERATIONS, Scale, run_training
 
@@ -34,38 +35,11 @@ STEPS, SEQUENCES = 80, 64
 ARITHMETIC = Scale("full", steps=50, prompts=8, every=50, tracked=60, tested=0)
 ARITHMETIC_QUICK = Scale("quick", steps=1, prompts=1, every=1, tracked=1, tested=0)
 TOLERANCE = 0.05
-LETTERS, LONGEST, END = 5, 4, 4
-"""Letter 4 ends a completion."""
+LETTERS, LONGEST = 5, 4
+"""Of the enumerable LM."""
 
 
 # The enumerable model
-
-
-def enumerable_model() -> tuple[nn.Module, Any, list[tuple[int, ...]]]:
-    """A transformer, its tokenizer, and every completion that it can give: ended by a letter or by the limit."""
-    import transformers as tf
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    torch.manual_seed(3)
-    backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate("abcde")}, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="a", eos_token="e")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"bos_token_id": None, "eos_token_id": END}
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=LETTERS, max_position_embeddings=16, **sizes, **ids))
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.05)  # no completion is so rare that it is never drawn
-    words = [(*head, END) for n in range(LONGEST) for head in itertools.product(range(END), repeat=n)]
-    return model, tokenizer, words + list(itertools.product(range(END), repeat=LONGEST))
-
-
-@torch.no_grad()
-def log_probs(model: nn.Module, words: Sequence[tuple[int, ...]]) -> Tensor:
-    """(n,) exact log-prob of each completion after the prompt 'a', by plain transformers."""
-    ids = torch.tensor([[0, *word, *[0] * (LONGEST - len(word))] for word in words])
-    logps = model(ids).logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    real = torch.arange(LONGEST) < torch.tensor([len(word) for word in words])[:, None]
-    return logps.where(real, 0.0).sum(1)
 
 
 def entropy_of(chances: Tensor, words: Sequence[tuple[int, ...]]) -> float:
@@ -82,15 +56,9 @@ def logp_of(chances: Tensor, base: Tensor, words: Sequence[tuple[int, ...]]) -> 
     return float(chances @ (base / torch.tensor([len(word) for word in words])))
 
 
-def tilted(base: Tensor, words: Sequence[tuple[int, ...]], alpha: float) -> Tensor:
+def target_of(base: Tensor, words: Sequence[tuple[int, ...]], alpha: float) -> Tensor:
     """p_base^α exp(−λ|y|), with the λ that normalises it: what LA-TB trains to."""
-    lengths = torch.tensor([len(word) for word in words]).double()
-    low, high = -50.0, 50.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        heavy = float((alpha * base - middle * lengths).exp().sum()) > 1
-        low, high = (middle, high) if heavy else (low, middle)
-    return (alpha * base - low * lengths).exp()
+    return tilted(alpha * base, torch.tensor([len(word) for word in words]).double())
 
 
 def both(chances: Tensor, base: Tensor, words: Sequence[tuple[int, ...]]) -> dict[str, float]:
@@ -102,7 +70,7 @@ def exact_alpha(base: Tensor, words: Sequence[tuple[int, ...]], quantity: str, w
     low, high = math.log(1 / 64), math.log(64)
     for _ in range(40):
         middle = (low + high) / 2
-        found = both(tilted(base, words, math.exp(middle)), base, words)[quantity]
+        found = both(target_of(base, words, math.exp(middle)), base, words)[quantity]
         below = found > wanted if quantity == "entropy" else found < wanted
         low, high = (middle, high) if below else (low, middle)
     return math.exp(low)
@@ -127,13 +95,13 @@ def run(case: Row) -> Iterator[Row]:
 
 
 def enumerable(case: Row) -> Row:
-    model, tokenizer, words = enumerable_model()
+    model, tokenizer, words = enumerable_lm(ends=True)
     base = log_probs(model, words)
     found: Row = {"base": both(base.exp(), base, words)}
     result = _train(model, tokenizer, case["alpha"], case)
     found |= {"reached": both(log_probs(result.model, words).exp(), base, words), "found_alpha": result.alpha}
     if not isinstance(case["alpha"], str):
-        return found | {"target": both(tilted(base, words, case["alpha"]), base, words)}
+        return found | {"target": both(target_of(base, words, case["alpha"]), base, words)}
     quantity, wanted = asked(case)
     every = max(1, case["steps"] // 20)
     rows = result.history[::every]
@@ -142,7 +110,7 @@ def enumerable(case: Row) -> Row:
     found |= {"policy_alphas": [row["policy_alpha"] for row in rows]}
     found |= {"values": [row["entropy" if quantity == "entropy" else "base_logp"] for row in rows]}
     if case["seed"] == 0:  # once more, with the number instead
-        again = _train(enumerable_model()[0], tokenizer, result.alpha, case)
+        again = _train(enumerable_lm(ends=True)[0], tokenizer, result.alpha, case)
         found["again"] = both(log_probs(again.model, words).exp(), base, words)
     return found
 

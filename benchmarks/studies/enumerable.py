@@ -1,7 +1,8 @@
-"""A language model so small that all of its completions can be listed, and exact or sampled training of it.
+"""Language models so small that all of their completions can be listed, and exact or sampled training of one.
 
-The policy is a table of next-token logits, one row for each prefix (a prompt is a first token of its own). What it
-samples, what it should sample, and the distance between the two are therefore known and not estimated.
+What such a model samples, what it should sample, and the distance between the two are known and not estimated. One is a
+table of next-token logits, a row for each prefix (a prompt is a first token of its own): :class:`World`. The other is a
+transformer, for the trainer and the samplers: :func:`enumerable_lm`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,70 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from powerflow_fast.log_z_table import LogZTable
 from powerflow_fast.objective_registry import Objective, resolve_objective
 from powerflow_fast.trajectories import Trajectories
 
 END = 0
+
+
+def tilted(scores: Tensor, lengths: Tensor) -> Tensor:
+    """exp(scores − λ|y|) with the λ that makes it sum to one over the last dimension."""
+    low, high = scores.new_full((*scores.shape[:-1], 1), -50.0), scores.new_full((*scores.shape[:-1], 1), 50.0)
+    for _ in range(100):
+        middle = (low + high) / 2
+        heavy = (scores - middle * lengths).exp().sum(-1, keepdim=True) > 1
+        low, high = middle.where(heavy, low), high.where(heavy, middle)
+    return (scores - low * lengths).exp()
+
+
+LM_LETTERS = "abcde"
+LM_END = LM_LETTERS.index("e")
+
+
+def enumerable_lm(*, ends: bool) -> tuple[nn.Module, Any, list[tuple[int, ...]]]:
+    """(model, tokenizer, every completion it can give): 3 tokens of 5, or up to 4 tokens ended by 'e' or the limit."""
+    import transformers as tf
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(3)
+    tokens = {"pad_token": "a"} | ({"eos_token": "e"} if ends else {})
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(LM_LETTERS)}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    config = tf.LlamaConfig(
+        vocab_size=5,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=None,
+        eos_token_id=LM_END if ends else None,
+    )
+    model = tf.LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.05)  # no completion is so rare that it is never drawn
+    if not ends:
+        return model, tokenizer, list(itertools.product(range(5), repeat=3))
+    ended = [(*head, LM_END) for n in range(4) for head in itertools.product(range(LM_END), repeat=n)]
+    return model, tokenizer, ended + list(itertools.product(range(LM_END), repeat=4))
+
+
+@torch.no_grad()
+def log_probs(model: nn.Module, words: Sequence[tuple[int, ...]]) -> Tensor:
+    """(n,) exact log-prob of each completion after the prompt 'a', by plain transformers."""
+    longest = max(map(len, words))
+    ids = torch.tensor([[0, *word, *[0] * (longest - len(word))] for word in words])
+    logps = model(ids).logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    real = torch.arange(longest) < torch.tensor([len(word) for word in words])[:, None]
+    return logps.where(real, 0.0).sum(1)
 
 
 class World:
@@ -83,12 +138,7 @@ class World:
         """p_base^α · exp(bonus − λ|y|) with the λ of each prompt that normalises it."""
         scores = (alpha * self.logp(self.base) + bonus).view(self.prompts, -1)
         lengths = self.lengths.double().view(self.prompts, -1)
-        low, high = scores.new_full((self.prompts, 1), -50.0), scores.new_full((self.prompts, 1), 50.0)
-        for _ in range(100):
-            middle = (low + high) / 2
-            heavy = (scores - middle * lengths).exp().sum(1, keepdim=True) > 1
-            low, high = middle.where(heavy, low), high.where(heavy, middle)
-        return (scores - low * lengths).exp().flatten()
+        return tilted(scores, lengths).flatten()
 
     def tokenwise(self, alpha: float) -> Tensor:
         """p_base(token|state)^α normalised at every state."""
