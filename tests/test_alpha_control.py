@@ -295,3 +295,14 @@ def test_entropies_are_made_where_they_are_read_and_nowhere_else(tmp_path, monke
     asked.clear()
     run(tmp_path, name="entropy", alpha="auto:entropy=2.0", **options)
     assert asked == [True] * 4
+
+
+@pytest.mark.parametrize("share", [0.7, 1.4])
+def test_what_the_slope_lacks_is_made_up_for(share):
+    """A policy that is not quite a power of the base: its slope is a constant share of the exponent it has."""
+    alpha, own, wanted = Alpha(1.0, AlphaRequest("entropy", 1.0), vocabulary=5), 1.0, 1.0
+    for _ in range(2000):
+        totals = torch.tensor([settled("entropy", own), 1.0, share * own, 1.0], dtype=torch.float64)
+        alpha._totals = lambda *_, totals=totals: totals
+        own *= (alpha.observe(None, None, None, ALONE) / own) ** 0.1
+    assert settled("entropy", own) == pytest.approx(wanted, rel=0.01)

@@ -487,3 +487,11 @@ def test_a_base_that_comes_later_does_not_score_the_model_again(tiny, tmp_path, 
     result = scripted(tiny, measures=["likelihood"], output_dir=tmp_path, base=base)
     assert len(scored) == 3 and all(model is base for model in scored), "twelve completions, four at once"
     assert [line["logp"] for line in lines(tmp_path)] == own and "inversion_rate" in result.measures
+
+
+def test_half_a_point_counts_for_the_accuracy_and_not_for_pass_at_k(tiny):
+    def score(prompt, completion, **columns):
+        return {"0": 1.0, "1": 0.5}.get(completion.split("sample ")[1][0], 0.0)
+
+    result = scripted(tiny, scorer=score, ks=[1])
+    assert result.per_prompt["accuracy"] == [1.5 / 4] * 3 and result.pass_at_k[1].value == 1 / 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy
@@ -28,14 +29,17 @@ def tiny_smollm2(tmp_path, monkeypatch):
     monkeypatch.setattr("powerflow_fast.evaluation.minilm_encoder", lambda: lengths)
 
 
-def test_before_and_after(tiny_smollm2, tmp_path):
+def test_before_and_after(tiny_smollm2, tmp_path, monkeypatch):
+    turns = itertools.cycle([1.0, 0.0])  # one of the two completions of each problem is right
+    monkeypatch.setattr(real_model, "last_number", lambda prompt, completion, **columns: next(turns))
     assert common.main(real_model.STUDY, ["--quick", "--output", str(tmp_path)]) == 0
     rows = common.load(tmp_path / "results/real_model.jsonl")
     assert [(row["task"], row["alpha"]) for row in rows] == [("creative", 0.5), ("reasoning", 2.0)]
     creative, reasoning = (row["changes"] for row in rows)
     assert set(real_model.UNITS) - set(creative) == {"accuracy", "pass@8", "distinct_answers"}
     assert {"accuracy", "pass@2"} <= set(reasoning)
-    assert all(0 <= reasoning["pass@2"][i] <= 1 for i in (0, 1)) and len(rows[0]["alpha_reached"]) == 3
+    assert reasoning["accuracy"][:2] == [0.5, 0.5] and reasoning["pass@2"][:2] == [1.0, 1.0]
+    assert len(rows[0]["alpha_reached"]) == 3
     for row in rows:
         before, after, low, high, prompts = row["changes"]["base_logp"]
         assert prompts == 2 and low <= after - before <= high
