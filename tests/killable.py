@@ -12,7 +12,8 @@ import torch
 from test_trainer import run
 
 
-def train_to_the_end(folder: str, name: str, resume: bool | None, steps: int) -> None:
+def train_to_the_end(folder: str, name: str, resume: bool | None, steps: int, leash=None) -> None:
+    """With a semaphore as `leash`, each step is followed by a wait for one of its permits."""
     torch.set_num_threads(1)  # a fork has one thread, whatever the pool of its parent
     run(
         Path(folder),
@@ -23,6 +24,7 @@ def train_to_the_end(folder: str, name: str, resume: bool | None, steps: int) ->
         num_iterations=2,
         num_sample_prompts=1,
         save_total_limit=2,
+        callbacks=[lambda report: not leash.acquire()] if leash else [],
     )
 
 

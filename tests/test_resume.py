@@ -61,7 +61,8 @@ def test_resumed_run_is_bit_equal(tmp_path, options, log_z):
     assert texts[0] == texts[1]
 
 
-KILLS, STEPS = 20, 120  # a kill costs a step or two
+KILLS, LEASH = 20, 4
+STEPS = (LEASH + 2) * KILLS  # a leashed process takes LEASH + 1 at most: none gets to the end
 
 
 def newest(folder):
@@ -83,25 +84,28 @@ def test_killed_at_random_moments(tmp_path, monkeypatch):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killable"])
 
-    def start(name, resume=None):
-        process = context.Process(target=train_to_the_end, args=(str(tmp_path), name, resume, STEPS))
+    def start(name, resume=None, leash=None):
+        process = context.Process(target=train_to_the_end, args=(str(tmp_path), name, resume, STEPS, leash))
         process.start()
         return process
 
-    began = time.perf_counter()
+    def wait_for_another(process, known):
+        began = time.perf_counter()
+        while process.is_alive() and newest(folder) in (None, known):
+            time.sleep(0.002)
+        assert process.is_alive(), f"ended by itself with exit code {process.exitcode}"
+        return newest(folder), time.perf_counter() - began
+
     whole = start("whole")
     whole.join()
     assert whole.exitcode == 0
-    step = (time.perf_counter() - began) / STEPS  # on this machine: a fast one must not get to the end between kills
     rng, folder = random.Random(0), tmp_path / "cut"
     for kill in range(KILLS):
-        known = newest(folder)
-        process = start("cut", True if kill else None)
-        # Wait for training to begin (or go on), then for a random moment of it.
-        while process.is_alive() and newest(folder) in (None, known):
-            time.sleep(0.005)
-        time.sleep(rng.random() * 2 * step)
-        assert process.is_alive(), "the run is long enough to be interrupted"
+        leash = context.Semaphore(LEASH)  # held here until the process is dead
+        process = start("cut", True if kill else None, leash)
+        first, _ = wait_for_another(process, newest(folder))
+        _, step = wait_for_another(process, first)  # what a step takes on this machine, just now
+        time.sleep(rng.random() * step)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
