@@ -88,18 +88,18 @@ class BuildLaTb(build_ext):
             say("no nvcc (or POWERFLOW_FAST_CUDA=0): built with the CPU op only; CUDA tensors take plain torch")
         includes = ["-isystem", TORCH / "include"]
         common = ["-O3", "-std=c++20", STABLE_ABI, *includes]
+        host = [cxx(), "-c", *common, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        module = ["-DPy_LIMITED_API=0x030A0000", f'-DPOWERFLOW_FAST_CUDA_ARCHS="{";".join(archs)}"']
+        vectors = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
         rules = {
-            "la_tb_cpu.cpp": [
-                *[cxx(), "-c", *common, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"],
-                *["-DPy_LIMITED_API=0x030A0000", f'-DPOWERFLOW_FAST_CUDA_ARCHS="{";".join(archs)}"'],
-                f"-I{sysconfig.get_path('include')}",
-            ]
+            "la_tb_cpu.cpp": [*host, *module, f"-I{sysconfig.get_path('include')}"],
+            "head_cpu.cpp": [*host, *vectors],
         }
         if nvcc:
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX for GPUs yet to come
-            host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2"]
-            rules["la_tb_cuda.cu"] = [nvcc, "-c", *common, "-DUSE_CUDA", *host, *codes]
+            passed_on = ["-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2"]
+            rules["la_tb_cuda.cu"] = [nvcc, "-c", *common, "-DUSE_CUDA", *passed_on, *codes]
             ext.library_dirs.append(str(cuda_library_dir(nvcc)))
             ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
         ext.extra_objects = compile_all({name: [str(word) for word in rule] for name, rule in rules.items()})

@@ -11,6 +11,7 @@ import importlib
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from powerflow_fast import linear_logprobs
 from powerflow_fast.dispatch import resolve_backend
+from powerflow_fast.products import CompiledProducts, compiled_products_run
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -177,22 +179,29 @@ HEAD_PROVIDERS = [
     Provider("unsloth fused", "unsloth-zoo", load_unsloth, (1, 2, 4)),
     Provider("gemm", "torch", load_naive, (1, 2, 3)),  # see gemm_step
     Provider("gemm fp32", "torch", load_naive, (1, 2, 3)),
+    Provider("gemm blocks", "torch", load_naive, (1, 2, 3)),
 ]
 
 
-def gemm_step(inputs: HeadInputs, mode: str, dtype: torch.dtype) -> Callable[[], Outputs]:
+def gemm_step(provider: Provider, inputs: HeadInputs, mode: str, dtype: torch.dtype) -> Callable[[], Outputs]:
     """The floor: nothing but the products that the mode needs, whole, into memory that is already there."""
+    if provider.name == "gemm fp32":
+        dtype = torch.float32
     hidden, weight = inputs.hidden.to(dtype), inputs.weight.to(dtype)
-    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    d_hidden = torch.empty_like(hidden) if mode != "no_grad" else None
-    d_weight = torch.empty_like(weight) if mode == "full" else None
+    exps = torch.ones(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
+    multiply, result_dtype = torch.mm, dtype
+    if provider.name == "gemm blocks":  # oneDNN's, as powerflow_fast calls it: fp32 results, of bf16 operands too
+        multiply, result_dtype = partial(CompiledProducts(hidden).product, add=False), torch.float32
+    logits = exps if result_dtype == dtype else torch.empty_like(exps, dtype=result_dtype)
+    d_hidden = torch.empty_like(hidden, dtype=result_dtype) if mode != "no_grad" else None
+    d_weight = torch.empty_like(weight, dtype=result_dtype) if mode == "full" else None
 
     def step() -> Outputs:
-        torch.mm(hidden, weight.t(), out=logits)
+        multiply(hidden, weight.t(), out=logits)
         if d_hidden is not None:
-            torch.mm(logits, weight, out=d_hidden)
+            multiply(exps, weight, out=d_hidden)
         if d_weight is not None:
-            torch.mm(logits.t(), hidden, out=d_weight)
+            multiply(exps.t(), hidden, out=d_weight)
         return ()
 
     return step
@@ -201,8 +210,7 @@ def gemm_step(inputs: HeadInputs, mode: str, dtype: torch.dtype) -> Callable[[],
 def head_step(provider: Provider, case: HeadCase, inputs: HeadInputs) -> Callable[[], Outputs]:
     """(logp,), (logp, d_hidden) or (logp, d_hidden, d_weight) by mode."""
     if provider.kind == "floor":
-        dtype = torch.float32 if provider.name.endswith("fp32") else DTYPES[case.dtype]
-        return gemm_step(inputs, case.mode, dtype)
+        return gemm_step(provider, inputs, case.mode, DTYPES[case.dtype])
     logprobs = provider.load(inputs.hidden.device)
     trained = {"no_grad": 0, "frozen": 1, "full": 2}[case.mode]
     leaves = [t.detach().requires_grad_(i < trained) for i, t in enumerate((inputs.hidden, inputs.weight))]
@@ -220,9 +228,13 @@ def head_step(provider: Provider, case: HeadCase, inputs: HeadInputs) -> Callabl
 def default_head_providers(device: torch.device, dtype: str) -> list[Provider]:
     """All of them, without those that would be measured twice: ``auto`` is ``torch`` on a CPU, ``triton`` on a GPU.
 
-    A CPU multiplies fp32 several times faster than an emulated half-precision type, so the floor there is the faster of
-    the two products.
+    The floor of a CPU is the fastest of several products: fp32 for a half-precision type that it emulates, and
+    oneDNN's blocks where torch calls a library that leaves vector units unused.
     """
-    twice = "powerflow_fast torch" if device.type == "cpu" else "powerflow_fast triton"
-    half_on_cpu = device.type == "cpu" and dtype != "fp32"
-    return [p for p in HEAD_PROVIDERS if p.name != twice and (p.name != "gemm fp32" or half_on_cpu)]
+    on_cpu = device.type == "cpu"
+    left_out = {"powerflow_fast torch" if on_cpu else "powerflow_fast triton"}
+    if not on_cpu or dtype == "fp32":
+        left_out.add("gemm fp32")
+    if not on_cpu or not compiled_products_run():
+        left_out.add("gemm blocks")
+    return [p for p in HEAD_PROVIDERS if p.name not in left_out]

@@ -75,7 +75,7 @@ def loss_step(provider: Provider, case: LossCase, inputs: LossInputs) -> Callabl
     """(loss, d_hidden, d_weight, d_log_z)."""
     head, terms = inputs.head, inputs.terms
     if provider.kind == "floor":
-        return gemm_step(head, "full", torch.float32 if provider.name.endswith("fp32") else DTYPES[case.dtype])
+        return gemm_step(provider, head, "full", DTYPES[case.dtype])
     loss_of = provider.load(head.hidden.device)
     leaves = [t.detach().requires_grad_() for t in (head.hidden, head.weight, terms.log_z)]
     hidden, weight, log_z = leaves

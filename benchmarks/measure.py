@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Outputs = tuple[Tensor, ...]
 
 # The files whose change makes a figure of ours out of date, by (op, backend). Those of others depend on a release.
-_HEAD_TORCH = ("package/logprobs.py", "package/chunked.py", "package/products.py")
+_HEAD_TORCH = ("package/logprobs.py", "package/chunked.py", "package/products.py", "csrc/head_cpu.cpp")
 _HEAD_TRITON = (
     "package/logprobs.py",
     "kernels/launch.py",

@@ -33,17 +33,6 @@ _LOWEST_LOGIT = -1e30
 _LARGEST_SUM = math.exp(60.0)
 
 
-def _tile_shape(n: int, v: int, device: torch.device) -> tuple[int, int]:
-    """(rows, columns) of one tile.
-
-    CPU: 32 MiB of fp32 stays in a last-level cache through the passes over it, and is wide enough that the products run
-    at the speed of large ones. GPU: tiles far larger than L2, because each row chunk streams the whole weight.
-    """
-    rows, elements = (1024, 1 << 23) if device.type == "cpu" else (4096, 1 << 26)
-    rows = max(1, min(n, rows))
-    return rows, min(v, max(256, elements // rows))
-
-
 class _Rows(NamedTuple):
     """Some rows of the problem, and the logits of their labels."""
 
@@ -92,9 +81,10 @@ class _Problem:
         self.unknown = keep & ~in_range
         self.rows = None if ignore_index is None or bool(keep.all()) else keep.nonzero()[:, 0]
         self.count = self.n if self.rows is None else self.rows.numel()
-        self.chunk, self.columns = _tile_shape(self.count, self.v, hidden.device)
+        self.chunk, self.columns = self.products.tile_shape(self.count, self.v)
         self.buffer = torch.empty(self.chunk * self.columns, dtype=self.dtype, device=hidden.device)
         self.slopes = torch.empty_like(self.buffer) if self.softcap is not None else None
+        self.operands: Tensor | None = None  # for exponentials that a product takes in half precision
 
     def _transform(self, u: Tensor, slopes: Tensor | None) -> None:
         """u → z in place, given ``pre`` without a softcap; ∂z/∂u into ``slopes`` where there is one."""
@@ -117,19 +107,18 @@ class _Problem:
             self._transform(u, slope)
             yield _Rows(index, h, y, u, slope, u)
 
-    def tiles(self, rows: _Rows, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    def tiles(self, rows: _Rows) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """(columns, their weight rows, logits, ∂z/∂u or None where it is ``pre``) of each tile.
 
-        The logits lie in the buffer, which the next tile overwrites, or in the columns of ``out`` (rows, V).
+        The logits lie in the buffer, which the next tile overwrites.
         """
         r = rows.hidden.shape[0]
         operand = rows.hidden if self.products.operand_dtype in HALF else rows.hidden.to(self.dtype) * self.pre
         for start in range(0, self.v, self.columns):
             columns = slice(start, min(start + self.columns, self.v))
             w = self.weight[columns].to(self.products.operand_dtype)
-            width = w.shape[0]
-            z = self.buffer[: r * width].view(r, width) if out is None else out[:, columns]
-            slopes = None if self.slopes is None else self.slopes[: r * width].view(r, width)
+            z = self.buffer[: r * w.shape[0]].view(r, -1)
+            slopes = None if self.slopes is None else self.slopes[: z.numel()].view_as(z)
             self.products.logits(operand, w, z)
             if self.scaled_later != 1.0:
                 z.mul_(self.scaled_later)
@@ -138,21 +127,36 @@ class _Problem:
             self._transform(z, slopes)
             yield columns, w, z, slopes
 
-    def set_label(self, e: Tensor, rows: _Rows, columns: slice, value: Tensor | float) -> None:
-        """Give the label's column of each row whose label lies in the tile the value, without a wait for a GPU."""
-        here = (rows.labels >= columns.start) & (rows.labels < columns.stop)
-        column = (rows.labels - columns.start).clamp(0, e.shape[1] - 1)[:, None]
-        e.scatter_(1, column, torch.where(here, value, e.gather(1, column)[:, 0])[:, None])
-
     def exponentials(
-        self, rows: _Rows, sums: Tensor, out: Tensor | None = None
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """The tiles with E for the logits, 0 at the label; their row sums are added to ``sums``."""
-        for columns, w, z, slopes in self.tiles(rows, out):
-            e = z.sub_(rows.anchor[:, None]).exp_()
-            self.set_label(e, rows, columns, 0.0)
-            sums.add_(e.sum(1))
-            yield columns, w, e, slopes
+        self,
+        rows: _Rows,
+        *,
+        at_label: Tensor | None = None,
+        sums: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(columns, their weight rows, E ∂z/∂u or E where ∂z/∂u is ``pre``) of each tile, ready for the products.
+
+        ``at_label`` stands for E at the label, 0 unless given. Row sums of the other E are added to ``sums``. The tiles
+        lie in the columns of ``kept`` (rows, V), or where the next one overwrites them.
+        """
+        for columns, w, z, slopes in self.tiles(rows):
+            out = self._operands_like(z) if kept is None else kept[:, columns]
+            target = out if slopes is None else None
+            label = rows.labels - columns.start
+            e = self.products.exponentials(z, rows.anchor, label, at_label, sums=sums, out=target)
+            if slopes is not None:
+                e.mul_(slopes)
+                e = e if out is None else out.copy_(e)
+            yield columns, w, e
+
+    def _operands_like(self, z: Tensor) -> Tensor | None:
+        """Memory of z's shape in the dtype that the products take; None if that is z's own."""
+        if self.products.operand_dtype == z.dtype:
+            return None
+        if self.operands is None:
+            self.operands = torch.empty_like(self.buffer, dtype=self.products.operand_dtype)
+        return self.operands[: z.numel()].view_as(z)
 
     def anchored(self, run: Callable[[_Rows], Tensor]) -> None:
         """``run`` writes the results of some rows and returns their S. Rows where it is out of range run once more."""
@@ -203,8 +207,8 @@ def linear_logprob_fwd(
 
     def run(rows: _Rows) -> Tensor:
         others = torch.zeros_like(rows.anchor)
-        for _ in problem.exponentials(rows, others):
-            pass
+        for columns, _, z, _ in problem.tiles(rows):
+            problem.products.exponentials(z, rows.anchor, rows.labels - columns.start, sums=others)
         out["logp"][rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
         out["anchor"][rows.index], out["others_sum"][rows.index] = rows.anchor, others
         return others
@@ -213,10 +217,8 @@ def linear_logprob_fwd(
         others, energy, total = (torch.zeros_like(rows.anchor) for _ in range(3))
         for columns, _, z, _ in problem.tiles(rows):
             total += z.sum(1)
-            x = z.sub_(rows.anchor[:, None])
-            e = x.exp()
-            problem.set_label(e, rows, columns, 0.0)
-            others += e.sum(1)
+            x = z - rows.anchor[:, None]
+            e = problem.products.exponentials(z, rows.anchor, rows.labels - columns.start, sums=others)
             energy += x.clamp_min_(_LOWEST_LOGIT).mul_(e).sum(1)
         odds = problem.log_odds(rows, others)
         logp = torch.nn.functional.logsigmoid(odds)
@@ -252,10 +254,8 @@ def linear_logprob_fwd_d_hidden(
     def run(rows: _Rows) -> Tensor:
         others = torch.zeros_like(rows.anchor)
         product = torch.zeros(rows.hidden.shape, dtype=problem.dtype, device=hidden.device)
-        for _, w, e, slopes in problem.exponentials(rows, others):
-            if slopes is not None:
-                e.mul_(slopes)
-            problem.products.add(e.to(w.dtype), w, product)
+        for _, w, e in problem.exponentials(rows, sums=others):
+            problem.products.add(e, w, product)
         logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
         at_label, scale = problem.label_weight(rows, others), problem.scale(rows, others)
         own = weight[rows.labels].to(problem.dtype).mul_(at_label[:, None])
@@ -286,12 +286,10 @@ def linear_logprob_fwd_exps(
 
     def run(rows: _Rows) -> Tensor:
         others = torch.zeros_like(rows.anchor)
-        in_place = isinstance(rows.index, slice) and exps.dtype == problem.dtype
-        for columns, _, e, slopes in problem.exponentials(rows, others, exps[rows.index] if in_place else None):
-            if slopes is not None:
-                e.mul_(slopes)
+        in_place = isinstance(rows.index, slice)
+        for columns, _, e in problem.exponentials(rows, sums=others, kept=exps[rows.index] if in_place else None):
             if not in_place:
-                exps[rows.index, columns] = e.to(exps.dtype)
+                exps[rows.index, columns] = e
         logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
         index = torch.arange(problem.n, device=hidden.device)[rows.index]
         exps[index, rows.labels] = -problem.label_weight(rows, others).to(exps.dtype)
@@ -338,12 +336,8 @@ def linear_logprob_bwd(
             factor = factor * problem.pre
         product = torch.zeros(rows.hidden.shape, dtype=problem.dtype, device=hidden.device) if need_d_hidden else None
         scaled = (rows.hidden.to(problem.dtype) * factor[:, None]).to(problem.products.operand_dtype)
-        for columns, w, z, slopes in problem.tiles(rows):
-            e = z.sub_(rows.anchor[:, None]).exp_()
-            problem.set_label(e, rows, columns, -others)
-            if slopes is not None:
-                e.mul_(slopes)
-            _add_products(problem.products, e.to(w.dtype), w, scaled, factor, product, columns, sums)
+        for columns, w, e in problem.exponentials(rows, at_label=-others):
+            _add_products(problem.products, e, w, scaled, factor, product, columns, sums)
         sums.fresh = False
         if need_d_hidden:
             d_hidden[rows.index] = product.mul_(factor[:, None]).to(hidden.dtype)
@@ -374,7 +368,7 @@ def linear_logprob_bwd_exps(
     product = torch.zeros(hidden.shape, dtype=products.dtype, device=hidden.device) if need_d_hidden else None
     scaled = (hidden * factor[:, None]).to(dtype)
     n, v = kept.exps.shape
-    width = _tile_shape(n, v, hidden.device)[1]
+    width = products.tile_shape(n, v)[1]
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
         w = weight[columns].to(dtype)

@@ -173,6 +173,7 @@ def _info(arguments: argparse.Namespace) -> int:
     import torch
 
     from ._extension import extension_status
+    from .products import compiled_products_run
 
     print(f"powerflow_fast  {__version__}")
     print(f"python          {platform.python_version()} on {platform.platform()}")
@@ -192,7 +193,9 @@ def _info(arguments: argparse.Namespace) -> int:
     fast = [d for d in ("cuda", "cpu") if config.resolve_bf16(d)]
     print(f"fast bfloat16   {', '.join(fast) or 'no'}")
     status = extension_status()
-    print(f"la_tb extension {'loaded' if status.available else 'missing'}: {status.reason}")
+    print(f"extension       {'loaded' if status.available else 'missing'}: {status.reason}")
+    compiled = compiled_products_run()
+    print(f"CPU products    {'compiled: oneDNN blocks, AVX-512' if compiled else 'of torch'}")
     if importlib.util.find_spec("triton") is None:
         triton = "no: triton is not installed"
     elif torch.cuda.is_available():

@@ -74,9 +74,9 @@ def flop_of_products(step) -> int:
         step()
     flop = 0
     for event in profile.events():
-        name = event.name.removeprefix("aten::").rstrip("_")
-        if name in ("mm", "addmm") and event.name.startswith("aten::"):
-            a, b = event.input_shapes[:2] if name == "mm" else event.input_shapes[1:3]
+        first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "powerflow_fast::head_product": 0}.get(event.name)
+        if first is not None:
+            a, b = event.input_shapes[first : first + 2]
             flop += 2 * a[0] * a[1] * b[1]
     return flop
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -228,7 +229,10 @@ def test_a_really_full_disk(tmp_path, how):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     free, message = done.stdout.split(" ", 1)
-    assert str(tmp_path) in message and f"{free} bytes" in message and "Earlier checkpoints are kept" in message
+    # only a mount of its own is written to by nobody else
+    free = free if how == "tmpfs" else r"\d+"
+    assert str(tmp_path) in message and "Earlier checkpoints are kept" in message
+    assert re.search(rf"\b{free} bytes", message)
     assert (f"mounted at {tmp_path}, 2.0 MiB" if how == "tmpfs" else "limit on the size of a file") in message
 
 

@@ -60,7 +60,7 @@ for _ in range(2):  # the second time, the root's weights come back from their s
     torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=0)
     assert got.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=5e-6, msg=name)
 print("equal", len(got))
 dist.destroy_process_group()
 """

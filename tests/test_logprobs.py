@@ -15,6 +15,7 @@ from powerflow_fast import chunked, dispatch, logprobs
 from powerflow_fast.errors import BackendUnavailableError
 from powerflow_fast.kernels.reference import linear_logprob_stats_ref, linear_logprobs_ref
 from powerflow_fast.logprobs import linear_logprob_stats, linear_logprobs, segment_sum, sequence_logprobs
+from powerflow_fast.products import products_for
 
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -238,8 +239,9 @@ def test_torch_tiles_do_not_show(frozen, monkeypatch):
     case = make_case(torch.float32, n=20, v=60, h=24, bias=True, logit_softcap=6.0)
     trainable = {"weight": not frozen, "bias": not frozen}
     whole, whole_grads = case.run(linear_logprobs, None, trainable)
-    for rows, columns in ((1, 1), (7, 13), (20, 7), (3, 60)):
-        monkeypatch.setattr(chunked, "_tile_shape", lambda n, v, d, tile=(rows, columns): tile)
+    products = type(products_for(case.hidden))
+    for tile in ((1, 1), (7, 13), (20, 7), (3, 60)):
+        monkeypatch.setattr(products, "tile_shape", lambda self, n, v, tile=tile: tile)
         tiled, tiled_grads = case.run(linear_logprobs, None, trainable)
         torch.testing.assert_close(tiled, whole, rtol=2e-6, atol=2e-6)
         for name in whole_grads:

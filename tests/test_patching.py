@@ -171,8 +171,9 @@ def test_no_logits_exist():
     counted = sum(LENGTHS) - len(LENGTHS)
     assert rows * 16 in sizes.seen  # the recorder works: hidden states
     assert rows * VOCAB not in sizes.seen
-    # the torch backend walks over tiles in a buffer of its own, which on a tiny vocabulary is the whole of it
-    assert max(sizes.seen) <= max(counted * VOCAB, VOCAB * 16, rows * 24)
+    # the torch backend walks over tiles in a buffer of its own, which on a tiny vocabulary is the whole of it, and
+    # packs an operand into a whole block
+    assert max(sizes.seen) <= max(counted * VOCAB, VOCAB * 16, rows * 24, 64 * 64)
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
