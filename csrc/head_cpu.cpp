@@ -188,57 +188,63 @@ POWERFLOW_INLINE void store(float value, BFloat16* out) {
   std::memcpy(out, &half, sizeof half);
 }
 
-// One row: out = exp(z − anchor), and its sum.
-template <typename T>
-POWERFLOW_INLINE float exponential_row(const float* z, int64_t width, float anchor, T* out) {
-  constexpr int64_t kLanes = 64;
-  float lanes[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const float e = exponential(z[j + lane] - anchor);
-      lanes[lane] += e;
-      store(e, out + j + lane);
-    }
-  }
-  for (; j < width; ++j) {
-    const float e = exponential(z[j] - anchor);
-    lanes[j % kLanes] += e;
-    store(e, out + j);
-  }
-  for (int64_t half = kLanes / 2; half; half /= 2) {
+struct RowSums {
+  float exps, energy;
+};
+
+POWERFLOW_INLINE float add_up(float* lanes, int64_t count) {
+  for (int64_t half = count / 2; half; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
   return lanes[0];
 }
 
-using RowFunction = float (*)(const float*, int64_t, float, void*);
+// One row: out = e = exp(z − anchor), Σ e and, if asked for, Σ e (z − anchor), where 0 · −inf is 0.
+template <bool kEnergy, typename T>
+POWERFLOW_INLINE RowSums exponential_row(const float* z, int64_t width, float anchor, T* out) {
+  constexpr int64_t kLanes = kEnergy ? 32 : 64;
+  float exps[kLanes] = {}, energy[kLanes] = {};
+  auto element = [&](int64_t j, int64_t lane) {
+    const float x = z[j] - anchor, e = exponential(x);
+    exps[lane] += e;
+    if (kEnergy) energy[lane] += e * (x < -1e30f ? -1e30f : x);
+    store(e, out + j);
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) element(j + lane, lane);
+  }
+  for (; j < width; ++j) element(j, j % kLanes);
+  return {add_up(exps, kLanes), kEnergy ? add_up(energy, kLanes) : 0.0f};
+}
 
-template <typename T>
-float row_plain(const float* z, int64_t width, float anchor, void* out) {
-  return exponential_row(z, width, anchor, static_cast<T*>(out));
+template <bool kEnergy, typename T>
+RowSums row_plain(const float* z, int64_t width, float anchor, void* out) {
+  return exponential_row<kEnergy>(z, width, anchor, static_cast<T*>(out));
 }
 #if defined(__x86_64__)
-template <typename T>
-POWERFLOW_AVX2 float row_avx2(const float* z, int64_t width, float anchor, void* out) {
-  return exponential_row(z, width, anchor, static_cast<T*>(out));
+template <bool kEnergy, typename T>
+POWERFLOW_AVX2 RowSums row_avx2(const float* z, int64_t width, float anchor, void* out) {
+  return exponential_row<kEnergy>(z, width, anchor, static_cast<T*>(out));
 }
-template <typename T>
-POWERFLOW_AVX512 float row_avx512(const float* z, int64_t width, float anchor, void* out) {
-  return exponential_row(z, width, anchor, static_cast<T*>(out));
+template <bool kEnergy, typename T>
+POWERFLOW_AVX512 RowSums row_avx512(const float* z, int64_t width, float anchor, void* out) {
+  return exponential_row<kEnergy>(z, width, anchor, static_cast<T*>(out));
 }
 #endif
 
-template <typename T>
+using RowFunction = RowSums (*)(const float*, int64_t, float, void*);
+
+template <bool kEnergy, typename T>
 RowFunction row_function() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return row_avx512<T>;
+    return row_avx512<kEnergy, T>;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return row_avx2<T>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return row_avx2<kEnergy, T>;
 #endif
-  return row_plain<T>;
+  return row_plain<kEnergy, T>;
 }
 
 void check(bool condition, const char* message) { STD_TORCH_CHECK(condition, "powerflow_fast: ", message); }
@@ -273,27 +279,29 @@ void product_cpu(const Tensor& a, const Tensor& b, Tensor out, bool add, Tensor 
   }
 }
 
-// out = exp(z − anchor), except for the label's column, which gets `at_label` or 0; sums += the other columns' sum.
-// `out` may be z.
+// out = exp(z − anchor), except for the label's column, which gets `at_label` or 0. Over the other columns, the sum is
+// added to `sums` and that of exp(z − anchor) (z − anchor) to `energy`. `out` may be z.
 void exponentials_cpu(Tensor z, const Tensor& anchor, const Tensor& label, const OptionalTensor& at_label,
-                      OptionalTensor sums, Tensor out) {
+                      OptionalTensor sums, OptionalTensor energy, Tensor out) {
   check(z.dim() == 2 && out.dim() == 2 && z.size(0) == out.size(0) && z.size(1) == out.size(1) && z.stride(1) == 1 &&
             out.stride(1) == 1 && z.scalar_type() == ScalarType::Float,
         "head_exponentials: z and out must have one shape and contiguous rows, and z be float32");
   const int64_t rows = z.size(0), width = z.size(1);
   auto per_row = [&](const Tensor& t, ScalarType dtype) {
     check(t.dim() == 1 && t.numel() == rows && t.is_contiguous() && t.scalar_type() == dtype,
-          "head_exponentials: anchor, at_label and sums must be float32, label int64, all (rows,) and contiguous");
+          "head_exponentials: label must be int64 and other numbers per row float32, all (rows,) and contiguous");
     return t.data_ptr();
   };
   const auto* anchors = static_cast<const float*>(per_row(anchor, ScalarType::Float));
   const auto* labels = static_cast<const int64_t*>(per_row(label, ScalarType::Long));
   const auto* values = at_label ? static_cast<const float*>(per_row(*at_label, ScalarType::Float)) : nullptr;
   auto* totals = sums ? static_cast<float*>(per_row(*sums, ScalarType::Float)) : nullptr;
+  auto* energies = energy ? static_cast<float*>(per_row(*energy, ScalarType::Float)) : nullptr;
   const bool half = out.scalar_type() == ScalarType::BFloat16;
   check(half || out.scalar_type() == ScalarType::Float, "head_exponentials: out must be float32 or bfloat16");
 
-  const RowFunction row_of = half ? row_function<BFloat16>() : row_function<float>();
+  const RowFunction row_of = energies ? (half ? row_function<true, BFloat16>() : row_function<true, float>())
+                                      : (half ? row_function<false, BFloat16>() : row_function<false, float>());
   auto* logits = static_cast<float*>(z.mutable_data_ptr());
   auto* results = static_cast<char*>(out.mutable_data_ptr());
   const int64_t z_stride = z.stride(0), out_stride = out.stride(0) * static_cast<int64_t>(out.element_size());
@@ -304,8 +312,9 @@ void exponentials_cpu(Tensor z, const Tensor& anchor, const Tensor& label, const
       const int64_t column = labels[i];
       const bool here = column >= 0 && column < width;
       if (here) row[column] = -INFINITY;
-      const float sum = row_of(row, width, anchors[i], result);
-      if (totals) totals[i] += sum;
+      const RowSums row_sums = row_of(row, width, anchors[i], result);
+      if (totals) totals[i] += row_sums.exps;
+      if (energies) energies[i] += row_sums.energy;
       if (here && values && half) store(values[i], reinterpret_cast<BFloat16*>(result) + column);
       if (here && values && !half) store(values[i], reinterpret_cast<float*>(result) + column);
     }
@@ -319,7 +328,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(powerflow_fast, m) {
   m.def("head_product(Tensor a, Tensor b, Tensor(a!) out, bool add, Tensor(b!) memory) -> ()");
   m.def(
       "head_exponentials(Tensor(a!) z, Tensor anchor, Tensor label, Tensor? at_label, Tensor(b!)? sums, "
-      "Tensor(c!) out) -> ()");
+      "Tensor(c!)? energy, Tensor(d!) out) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(powerflow_fast, CPU, m) {
   m.impl("head_product", TORCH_BOX(&powerflow::product_cpu));

@@ -67,14 +67,31 @@ class HeadSums:
     fresh: bool = True
 
     @classmethod
-    def like(cls, weight: Tensor | None, bias: Tensor | None) -> HeadSums:
-        """Sums for the gradients of the parameters that are given."""
+    def like(cls, weight: Tensor | None, bias: Tensor | None, *, own_dtype: bool = False) -> HeadSums:
+        """Sums for the gradients of the parameters that are given; for a single pass, in their own dtype."""
         return cls(
             *(
-                None if x is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+                None
+                if x is None
+                else x.new_empty(x.shape, dtype=x.dtype if own_dtype else torch.promote_types(x.dtype, torch.float32))
                 for x in (weight, bias)
             )
         )
+
+    def columns(self, columns: slice, dtype: torch.dtype) -> HeadSums:
+        """Sums of some vocabulary columns, to add to in ``dtype``: these ones, or new ones for `put` where they have
+        another dtype, which only sums that hold nothing yet can have."""
+        parts = [None if x is None else x[columns] for x in (self.d_weight, self.d_bias)]
+        if any(x is not None and x.dtype != dtype for x in parts):
+            assert self.fresh, "sums in the parameters' own dtype take a single pass"
+            parts = [None if x is None else x.new_empty(x.shape, dtype=dtype) for x in parts]
+        return HeadSums(*parts, self.fresh)
+
+    def put(self, columns: slice, total: HeadSums) -> None:
+        """Take over what `columns` gave, once it is complete."""
+        for mine, its in ((self.d_weight, total.d_weight), (self.d_bias, total.d_bias)):
+            if mine is not None and mine.dtype != its.dtype:
+                mine[columns] = its
 
     def finished(self) -> tuple[Tensor | None, Tensor | None]:
         """The sums, which are zero if no pass had a row to add."""

@@ -27,8 +27,6 @@ from torch import Tensor
 from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials, kept_width
 from .products import HALF, Products, products_for
 
-# Finite, so that a logit of −inf (a bias that rules a token out) times its probability of 0 is 0.
-_LOWEST_LOGIT = -1e30
 # e^60 leaves room for the products with the weight that follow; below, a float32 ends where 1 − p is 1e-38.
 _LARGEST_SUM = math.exp(60.0)
 
@@ -107,48 +105,65 @@ class _Problem:
             self._transform(u, slope)
             yield _Rows(index, h, y, u, slope, u)
 
-    def tiles(self, rows: _Rows) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """(columns, their weight rows, logits, ∂z/∂u or None where it is ``pre``) of each tile.
-
-        The logits lie in the buffer, which the next tile overwrites.
-        """
-        r = rows.hidden.shape[0]
-        operand = rows.hidden if self.products.operand_dtype in HALF else rows.hidden.to(self.dtype) * self.pre
+    def weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, their weight rows as the products take them)."""
         for start in range(0, self.v, self.columns):
             columns = slice(start, min(start + self.columns, self.v))
-            w = self.weight[columns].to(self.products.operand_dtype)
-            z = self.buffer[: r * w.shape[0]].view(r, -1)
-            slopes = None if self.slopes is None else self.slopes[: z.numel()].view_as(z)
-            self.products.logits(operand, w, z)
-            if self.scaled_later != 1.0:
-                z.mul_(self.scaled_later)
-            if self.bias is not None:
-                z.add_(self.bias[columns].to(self.dtype), alpha=self.pre)
-            self._transform(z, slopes)
-            yield columns, w, z, slopes
+            yield columns, self.weight[columns].to(self.products.operand_dtype)
 
-    def exponentials(
+    def operand(self, rows: _Rows) -> Tensor:
+        """Hidden states as the products take them."""
+        if self.products.operand_dtype in HALF:
+            return rows.hidden
+        return rows.hidden.to(self.dtype) * self.pre
+
+    def tile(self, rows: _Rows, operand: Tensor, columns: slice, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and ∂z/∂u or None where it is ``pre``. They lie in buffers that the next tile overwrites."""
+        z = self.buffer[: operand.shape[0] * w.shape[0]].view(operand.shape[0], -1)
+        slopes = None if self.slopes is None else self.slopes[: z.numel()].view_as(z)
+        self.products.logits(operand, w, z)
+        if self.scaled_later != 1.0:
+            z.mul_(self.scaled_later)
+        if self.bias is not None:
+            z.add_(self.bias[columns].to(self.dtype), alpha=self.pre)
+        self._transform(z, slopes)
+        return z, slopes
+
+    def tiles(self, rows: _Rows) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """(columns, their weight rows, and `tile`) of each tile of some rows."""
+        operand = self.operand(rows)
+        for columns, w in self.weight_tiles():
+            yield columns, w, *self.tile(rows, operand, columns, w)
+
+    def exponential_tile(
         self,
         rows: _Rows,
+        columns: slice,
+        tile: tuple[Tensor, Tensor | None],
         *,
         at_label: Tensor | None = None,
         sums: Tensor | None = None,
         kept: Tensor | None = None,
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(columns, their weight rows, E ∂z/∂u or E where ∂z/∂u is ``pre``) of each tile, ready for the products.
+    ) -> Tensor:
+        """E ∂z/∂u, or E where ∂z/∂u is ``pre``, ready for the products.
 
-        ``at_label`` stands for E at the label, 0 unless given. Row sums of the other E are added to ``sums``. The tiles
-        lie in the columns of ``kept`` (rows, V), or where the next one overwrites them.
+        ``at_label`` stands for E at the label, 0 unless given. Row sums of the other E are added to ``sums``. The
+        result lies in the columns of ``kept`` (rows, V), or where the next tile overwrites it.
         """
-        for columns, w, z, slopes in self.tiles(rows):
-            out = self._operands_like(z) if kept is None else kept[:, columns]
-            target = out if slopes is None else None
-            label = rows.labels - columns.start
-            e = self.products.exponentials(z, rows.anchor, label, at_label, sums=sums, out=target)
-            if slopes is not None:
-                e.mul_(slopes)
-                e = e if out is None else out.copy_(e)
-            yield columns, w, e
+        z, slopes = tile
+        out = self._operands_like(z) if kept is None else kept[:, columns]
+        label = rows.labels - columns.start
+        if slopes is None:
+            return self.products.exponentials(z, rows.anchor, label, at_label, sums=sums, out=out)
+        e = self.products.exponentials(z, rows.anchor, label, at_label, sums=sums).mul_(slopes)
+        return e if out is None else out.copy_(e)
+
+    def exponentials(
+        self, rows: _Rows, sums: Tensor, kept: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(columns, their weight rows, `exponential_tile`) of each tile of some rows."""
+        for columns, w, *tile in self.tiles(rows):
+            yield columns, w, self.exponential_tile(rows, columns, tile, sums=sums, kept=kept)
 
     def _operands_like(self, z: Tensor) -> Tensor | None:
         """Memory of z's shape in the dtype that the products take; None if that is z's own."""
@@ -217,9 +232,8 @@ def linear_logprob_fwd(
         others, energy, total = (torch.zeros_like(rows.anchor) for _ in range(3))
         for columns, _, z, _ in problem.tiles(rows):
             total += z.sum(1)
-            x = z - rows.anchor[:, None]
-            e = problem.products.exponentials(z, rows.anchor, rows.labels - columns.start, sums=others)
-            energy += x.clamp_min_(_LOWEST_LOGIT).mul_(e).sum(1)
+            label = rows.labels - columns.start
+            problem.products.exponentials(z, rows.anchor, label, sums=others, energy=energy)
         odds = problem.log_odds(rows, others)
         logp = torch.nn.functional.logsigmoid(odds)
         # −Σ p (z − lse): the others share 1 − p_y, and z_j − lse = (z_j − a) − log S + log(1 − p_y)
@@ -254,7 +268,7 @@ def linear_logprob_fwd_d_hidden(
     def run(rows: _Rows) -> Tensor:
         others = torch.zeros_like(rows.anchor)
         product = torch.zeros(rows.hidden.shape, dtype=problem.dtype, device=hidden.device)
-        for _, w, e in problem.exponentials(rows, sums=others):
+        for _, w, e in problem.exponentials(rows, others):
             problem.products.add(e, w, product)
         logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
         at_label, scale = problem.label_weight(rows, others), problem.scale(rows, others)
@@ -287,7 +301,7 @@ def linear_logprob_fwd_exps(
     def run(rows: _Rows) -> Tensor:
         others = torch.zeros_like(rows.anchor)
         in_place = isinstance(rows.index, slice)
-        for columns, _, e in problem.exponentials(rows, sums=others, kept=exps[rows.index] if in_place else None):
+        for columns, _, e in problem.exponentials(rows, others, exps[rows.index] if in_place else None):
             if not in_place:
                 exps[rows.index, columns] = e
         logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
@@ -321,12 +335,13 @@ def linear_logprob_bwd(
     N x H side. Shifting by an anchor rather than by the rounded log-sum-exp keeps rows whose logits are in the hundreds
     as accurate as a softmax that stored its result.
 
-    ``d_weight`` and ``d_bias`` are summed in fp32: in ``add_to``, and then not returned, or in buffers of their own.
+    ``d_weight`` and ``d_bias`` are summed in fp32: in ``add_to``, and then not returned, or tile by tile, each complete
+    before the next.
     """
     problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
     if (sums := add_to) is None:
-        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None)
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_d_hidden else None
+        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None, own_dtype=True)
+    parts = []
     for rows in problem.chunks():
         rows = rows._replace(anchor=forward.anchor[rows.index])
         others, logp = forward.others_sum[rows.index], forward.logp[rows.index]
@@ -336,19 +351,20 @@ def linear_logprob_bwd(
             factor = factor * problem.pre
         product = torch.zeros(rows.hidden.shape, dtype=problem.dtype, device=hidden.device) if need_d_hidden else None
         scaled = (rows.hidden.to(problem.dtype) * factor[:, None]).to(problem.products.operand_dtype)
-        for columns, w, e in problem.exponentials(rows, at_label=-others):
-            _add_products(problem.products, e, w, scaled, factor, product, columns, sums)
-        sums.fresh = False
-        if need_d_hidden:
+        parts.append((rows, problem.operand(rows), -others, factor, scaled, product))
+    for columns, w in problem.weight_tiles() if parts else ():
+        total = sums.columns(columns, problem.dtype)
+        for rows, operand, at_label, factor, scaled, product in parts:
+            tile = problem.tile(rows, operand, columns, w)
+            e = problem.exponential_tile(rows, columns, tile, at_label=at_label)
+            _add_products(problem.products, e, w, scaled, factor, product, total)
+        sums.put(columns, total)
+    sums.fresh = sums.fresh and not parts
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_d_hidden else None
+    if need_d_hidden:
+        for rows, _, _, factor, _, product in parts:
             d_hidden[rows.index] = product.mul_(factor[:, None]).to(hidden.dtype)
-    if add_to is not None:
-        return d_hidden, None, None
-    d_weight, d_bias = sums.finished()
-    return (
-        d_hidden,
-        d_weight.to(weight.dtype) if need_d_weight else None,
-        d_bias.to(bias.dtype) if need_d_bias else None,
-    )
+    return d_hidden, *((None, None) if add_to is not None else sums.finished())
 
 
 def linear_logprob_bwd_exps(
@@ -361,7 +377,7 @@ def linear_logprob_bwd_exps(
     add_to: HeadSums,
 ) -> Tensor | None:
     """As `linear_logprob_bwd`, from kept exponentials: 2NVH FLOP for each of ``d_hidden``, which is returned, and
-    ``d_weight``."""
+    ``d_weight``. Sums of other dtypes than fp32 take a single call."""
     products = products_for(hidden)
     dtype = products.operand_dtype
     factor = -d_logp * kept.scale
@@ -372,28 +388,24 @@ def linear_logprob_bwd_exps(
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
         w = weight[columns].to(dtype)
-        _add_products(products, kept.exps[:, columns], w, scaled, factor, product, columns, add_to)
+        total = add_to.columns(columns, products.dtype)
+        _add_products(products, kept.exps[:, columns], w, scaled, factor, product, total)
+        add_to.put(columns, total)
     add_to.fresh = False
     return product.mul_(factor[:, None]).to(hidden.dtype) if need_d_hidden else None
 
 
 def _add_products(
-    products: Products,
-    e: Tensor,
-    w: Tensor,
-    scaled: Tensor,
-    factor: Tensor,
-    product: Tensor | None,
-    columns: slice,
-    sums: HeadSums,
+    products: Products, e: Tensor, w: Tensor, scaled: Tensor, factor: Tensor, product: Tensor | None, total: HeadSums
 ) -> None:
-    """What one tile of exponentials adds to the gradients."""
+    """What one tile of exponentials adds to the gradients; ``total`` has the tile's columns."""
     if product is not None:
         products.add(e, w, product)
-    if sums.d_weight is not None:
-        products.add(e.t(), scaled, sums.d_weight[columns], fresh=sums.fresh)
-    if sums.d_bias is not None:
-        products.add(e.t(), factor.to(e.dtype)[:, None], sums.d_bias[columns, None], fresh=sums.fresh)
+    if total.d_weight is not None:
+        products.add(e.t(), scaled, total.d_weight, fresh=total.fresh)
+    if total.d_bias is not None:
+        products.add(e.t(), factor.to(e.dtype)[:, None], total.d_bias[:, None], fresh=total.fresh)
+    total.fresh = False
 
 
 def kept_dtype(hidden: Tensor) -> torch.dtype:

@@ -79,8 +79,9 @@ def linear_la_tb_loss(
         group_ids: (B,) int64, equal for the completions of one prompt; given if and only if log_z is None.
         alpha, clip, importance_level, num_sequences: as in ``la_tb_loss``.
         cache_bytes: bound on the exponentials that wait for their factor, V elements per row in hidden's dtype (fp32 on
-            a CPU that doesn't multiply bf16 natively). None: 256 MiB on a CPU, 1 GiB on a GPU. Completions are cut into
-            chunks that fit; a completion (or, without log_z, a group) that is too long for one is recomputed.
+            a CPU that doesn't multiply bf16 natively). None: 256 MiB on a CPU, 1 GiB on a GPU; for bf16 also as much as
+            holds all rows, where the sums of 4·V·H bytes that this saves are as large. Completions are cut into chunks
+            that fit; a completion (or, without log_z, a group) that is too long for one is recomputed.
 
     Returns:
         LATBOutput: loss () and detached delta, weight, logp_mean (B,).
@@ -88,8 +89,9 @@ def linear_la_tb_loss(
     Gradients: hidden, weight, bias, log_z. FLOP: 2NVH for each of the logits and of the gradients of hidden and weight;
     2NVH more for what is recomputed, and for float16, whose range is too short to keep exponentials. With a frozen
     head, 4NVH. Memory beyond that of ``linear_logprobs``: the cache, while the call lasts; then the gradients, N·H
-    elements and 4·V·H bytes. Summed in a fixed order: same inputs, same bits. No second derivatives, and with a
-    trainable head one backward pass per call (RuntimeError otherwise): it gives the gradients away.
+    elements and 4·V·H bytes, or V·H elements where a bf16 problem was one chunk. Summed in a fixed order: same inputs,
+    same bits. No second derivatives, and with a trainable head one backward pass per call (RuntimeError otherwise): it
+    gives the gradients away.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as ``linear_logprobs`` and ``la_tb_loss``.
@@ -113,6 +115,10 @@ def linear_la_tb_loss(
     implementation = implementation_for(backend, hidden)
     if cache_bytes is None:
         cache_bytes = _CACHE_BYTES.get(hidden.device.type, _CACHE_BYTES["cuda"])
+        # Rows that are one chunk need no sums beside the gradient of the head: as many bytes may hold exponentials.
+        whole = hidden.shape[0] * kept_width(weight.shape[0]) * implementation.kept_dtype(hidden).itemsize
+        if hidden.dtype == torch.bfloat16 and whole <= cache_bytes + 4 * weight.numel():
+            cache_bytes = max(cache_bytes, whole)
     check_cache_bytes(op, cache_bytes)
 
     host_cu_seqlens, host_group_ids = cu_seqlens, None
@@ -219,8 +225,10 @@ class LinearLATBFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, log_z, call, chunks, most, count):
         need_d_hidden, need_d_weight, need_d_bias, need_d_log_z = ctx.needs_input_grad[:4]
-        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None)
         rows_kept = max([end - start for _, _, start, end in chunks if end - start <= most], default=0)
+        one_pass = len(chunks) == 1 and rows_kept > 0 and hidden.dtype == torch.bfloat16
+        trained = weight if need_d_weight else None, bias if need_d_bias else None
+        sums = HeadSums.like(*trained, own_dtype=one_pass)
         memory = hidden.new_empty(rows_kept * kept_width(weight.shape[0]), dtype=call.implementation.kept_dtype(hidden))
         d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_d_hidden else None
         outputs, d_log_z = [], []
@@ -282,11 +290,13 @@ class LinearLATBFunction(torch.autograd.Function):
 
 
 def _scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(unit * factor).to(dtype)``, in place or in pieces: a whole product of a head's size would be the peak."""
+    """``(unit * factor).to(dtype)``, in place or in pieces: a whole product of a head's size would be the peak. The
+    pieces take turns in one buffer, since a CPU spends more on new pages than on the product."""
     if unit.dtype == dtype:
         return unit.mul_(factor)
     out = torch.empty_like(unit, dtype=dtype)
-    rows = max(1, (1 << 22) * unit.shape[0] // max(1, unit.numel()))
+    rows = max(1, (1 << 20) * unit.shape[0] // max(1, unit.numel()))
+    buffer = torch.empty_like(unit[:rows])
     for part, source in zip(out.split(rows), unit.split(rows), strict=True):
-        part.copy_(source * factor)
+        part.copy_(torch.mul(source, factor, out=buffer[: len(source)]))
     return out

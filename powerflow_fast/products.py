@@ -16,6 +16,9 @@ from ._extension import extension_status
 
 HALF = (torch.bfloat16, torch.float16)
 
+# Finite, so that a logit of −inf (a bias that rules a token out) times its probability of 0 is 0.
+_LOWEST = -1e30
+
 
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has instructions for bf16 products; else torch emulates them, slower than fp32."""
@@ -77,20 +80,25 @@ class Products:
         at_label: Tensor | None = None,
         *,
         sums: Tensor | None = None,
+        energy: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``exp(z − anchor)`` of logits z (r, c) in ``out`` or else in z, which is overwritten in any case.
+        """``E = exp(z − anchor)`` of logits z (r, c) in ``out`` or else in z, which is overwritten in any case.
 
-        A row whose ``label`` (r,) lies in [0, c) gets ``at_label`` (r,), by default 0, in that column; the others are
-        added to ``sums`` (r,). Without a wait for a GPU.
+        A row whose ``label`` (r,) lies in [0, c) gets ``at_label`` (r,), by default 0, in that column. Over the other
+        columns, ``sums`` (r,) takes the sum of E and ``energy`` (r,) that of E (z − anchor). Without a wait for a GPU.
         """
-        e = z.sub_(anchor[:, None]).exp_()
+        x = z.sub_(anchor[:, None])
+        e = x.exp_() if energy is None else x.exp()
         here = (label >= 0) & (label < e.shape[1])
         column = label.clamp(0, e.shape[1] - 1)[:, None]
         beside = e.gather(1, column)[:, 0]
         e.scatter_(1, column, beside.masked_fill(here, 0.0)[:, None])
         if sums is not None:
             sums.add_(e.sum(1))
+        if energy is not None:
+            energy.add_(x.clamp_min_(_LOWEST).mul_(e).sum(1))
+            e = x.copy_(e)
         if at_label is not None:
             e.scatter_(1, column, torch.where(here, at_label, beside)[:, None])
         return e if out is None else out.copy_(e)
@@ -131,10 +139,11 @@ class CompiledProducts(Products):
         at_label: Tensor | None = None,
         *,
         sums: Tensor | None = None,
+        energy: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         out = z if out is None else out
-        torch.ops.powerflow_fast.head_exponentials(z, anchor, label, at_label, sums, out)
+        torch.ops.powerflow_fast.head_exponentials(z, anchor, label, at_label, sums, energy, out)
         return out
 
 
