@@ -100,7 +100,8 @@ def style(name: str) -> dict[str, object]:
     if name.startswith("powerflow_fast"):
         return {"color": "black", "linewidth": 2.6, "linestyle": "-", "marker": "o", "markersize": 5, "zorder": 5}
     if name.startswith("gemm"):
-        return {"color": "0.5", "linewidth": 1.4, "linestyle": ":", "marker": "|", "markersize": 10, "zorder": 1}
+        line = "-." if name == "gemm blocks" else ":"
+        return {"color": "0.5", "linewidth": 1.4, "linestyle": line, "marker": "|", "markersize": 10, "zorder": 1}
     if name == "naive":
         return {"color": "0.45", "linewidth": 1.6, "linestyle": "-", "marker": "X", "markersize": 6, "zorder": 2}
     place = _OTHERS.index(name)

@@ -1,7 +1,8 @@
 """Which attention a packed row goes through, and switching a model to it for a while.
 
-flash-attn attends within each sequence of a packed row. Without it transformers builds the block-diagonal mask of the
-whole row: the same numbers, at a cost that grows with the square of the row's length, so rows are kept shorter.
+flash-attn attends within each sequence of a packed row, and so does the kernel that torch brings for it. Without them
+transformers builds the block-diagonal mask of the whole row: the same numbers, at a cost that grows with the square of
+the row's length, so rows are kept shorter.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 from torch import nn
 
 from .heads import unwrap_peft
+from .varlen import VARLEN, register_varlen, varlen_available
 
 __all__ = ["attending", "break_even", "packed_attention"]
 
 
 def packed_attention(model: nn.Module, *, autocast: torch.dtype | None = None) -> str:
-    """The model's own attention, or flash-attn where that imports, on CUDA, and computes in half precision.
+    """The model's own attention; on CUDA, where it computes in half precision, flash-attn if that imports, else torch's
+    variable-length attention if the model was written for flash-attn.
 
     ``autocast``: the dtype that the model computes in, None: that of its weights.
     """
@@ -33,6 +36,8 @@ def packed_attention(model: nn.Module, *, autocast: torch.dtype | None = None) -
         available = getattr(utils, f"is_flash_attn_{version}_available", lambda: False)
         if available():
             return f"flash_attention_{version}"
+    if getattr(lm, "_supports_flash_attn", False) and varlen_available(lm.config.get_text_config()):
+        return register_varlen()
     return own
 
 
@@ -41,7 +46,7 @@ def break_even(model: nn.Module, attention: str) -> float | None:
 
     By FLOP: 2 per token and weight of the layers, 4 per pair of tokens, layer and hidden unit.
     """
-    if attention.startswith("flash"):
+    if attention.startswith("flash") or attention == VARLEN:
         return None
     lm = unwrap_peft(model)
     outside = {id(m.weight) for m in (lm.get_input_embeddings(), lm.get_output_embeddings())}

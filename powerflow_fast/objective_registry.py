@@ -83,7 +83,7 @@ OBJECTIVES: dict[str, Objective] = {
             function=la_tb,
             formula="mean w g(log Z' + s − α(r + ψ))",
             target="p_base(y)^α · exp(−λ|y|)",
-            when="the default: PowerFlow's loss, no drift in length",
+            when="the default: PowerFlow's loss, far less drift in length than tb",
             partition="per_token",
         ),
         Objective(

@@ -9,7 +9,10 @@ from tiny import one_thread, tiny_model  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 from powerflow_fast.attention import attending, break_even, packed_attention
-from powerflow_fast.models import add_lora
+from powerflow_fast.models import CausalLMScorer, add_lora
+from powerflow_fast.packing import pack_batch, pad_batch
+from powerflow_fast.self_check import check_packing
+from powerflow_fast.varlen import VARLEN, register_varlen, varlen_attention, varlen_available
 
 
 def model_on(device, dtype, own="sdpa"):
@@ -17,6 +20,7 @@ def model_on(device, dtype, own="sdpa"):
     weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
     embedding = SimpleNamespace(weight=weight)
     config = SimpleNamespace(_attn_implementation=own)
+    config.get_text_config = lambda: config
     return SimpleNamespace(config=config, get_input_embeddings=lambda: embedding)
 
 
@@ -55,3 +59,122 @@ def test_attending_gives_the_models_own_attention_back():
         assert first.model.config._attn_implementation == inner.config._attn_implementation == "eager"
         raise KeyError
     assert first.model.config._attn_implementation == "sdpa" and inner.config._attn_implementation == "eager"
+
+
+def attend_one_by_one(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's kernel computes, which exists for CUDA only: (T, heads, D) packed, causal within a left window."""
+    assert cu_q is cu_k and max_q == max_k == int(cu_q.diff().max()) and cu_q.dtype == torch.int32
+    assert query.ndim == 3 and (query.shape[1] != key.shape[1]) == enable_gqa and window_size[1] == 0
+    rows = []
+    for first, last in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
+        q, k, v = (x[first:last].transpose(0, 1)[None] for x in (query, key, value))
+        back = torch.arange(last - first)[:, None] - torch.arange(last - first)
+        seen = (back >= 0) & (back <= (window_size[0] if window_size[0] >= 0 else last))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+        )
+        rows.append(out[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    from torch.nn.attention import varlen as module
+
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append((args[3], kwargs))
+        return attend_one_by_one(*args, **kwargs)
+
+    monkeypatch.setattr(module, "varlen_attn", spy)
+    register_varlen()
+    return calls
+
+
+PROMPTS, COMPLETIONS = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [3]], [[5, 6], [7, 8, 9, 1, 2], [3], [2, 2, 4]]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "mistral"])
+def test_varlen_attention_gives_the_models_own_log_probs_and_gradients(varlen, arch):
+    options = {"sliding_window": 3} if arch == "mistral" else {}
+    model = tiny_model("llama" if arch == "mistral" else arch)
+    if options:
+        config = tf.MistralConfig(**{**model.config.to_dict(), **options, "num_key_value_heads": 1})
+        config._attn_implementation = "sdpa"
+        torch.manual_seed(0)
+        model = tf.MistralForCausalLM(config)
+    scorer = CausalLMScorer(model)
+
+    def scored(batch):
+        logps = scorer(batch, temperature=1.0).logps
+        return logps.detach(), torch.autograd.grad(logps.sum(), list(model.parameters()))
+
+    own, gradient = scored(pad_batch(PROMPTS, COMPLETIONS, 0))
+    assert not varlen
+    with attending([model], VARLEN):
+        for batch in (
+            pack_batch(PROMPTS, COMPLETIONS),
+            pack_batch(PROMPTS, COMPLETIONS, break_even=0.0),  # several rows
+            pad_batch(PROMPTS, COMPLETIONS, 0),
+        ):
+            varlen.clear()
+            logps, packed = scored(batch)
+            torch.testing.assert_close(logps, own)
+            for a, b in zip(packed, gradient, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            assert len(varlen) == model.config.num_hidden_layers
+            assert all(cu is varlen[0][0] for cu, _ in varlen), "the borders are looked for once"
+            window = (2, 0) if options else (-1, 0)
+            assert all(kwargs["window_size"] == window for _, kwargs in varlen)
+        check_packing(scorer, temperature=1.0, sample_prompts_ids=PROMPTS)
+
+
+def test_varlen_is_taken_without_flash_attention_where_the_model_needs_no_more():
+    half = model_on("cuda", torch.bfloat16)
+    assert packed_attention(half) == "sdpa", "not written for flash-attn"
+    half._supports_flash_attn = True
+    assert packed_attention(half) == VARLEN and break_even(half, VARLEN) is None
+    assert packed_attention(model_on("cpu", torch.bfloat16)) == "sdpa"
+    assert varlen_available(SimpleNamespace(layer_types=["sliding_attention", "full_attention"]))
+    for lacking in (
+        {"layer_types": ["chunked_attention"]},
+        {"attn_logit_softcapping": 50.0},
+        {"attention_chunk_size": 8},
+    ):
+        assert not varlen_available(SimpleNamespace(**lacking))
+        for name, value in lacking.items():
+            setattr(half.config, name, value)
+        assert packed_attention(half) == "sdpa"
+        for name in lacking:
+            delattr(half.config, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 30.0}, "a softcap"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"s_aux": torch.zeros(1)}, "attention sinks"),
+        ({"is_causal": False}, "attention that is not causal"),
+        ({"position_ids": None}, "a forward pass without position_ids"),
+    ],
+)
+def test_varlen_refuses_what_the_kernel_lacks(varlen, options, message):
+    q = torch.zeros(1, 1, 4, 8)
+    arguments = {"position_ids": torch.arange(4)[None], **options}
+    with pytest.raises(ValueError, match=f"variable-length attention doesn't take {message}$"):
+        varlen_attention(torch.nn.Module(), q, q, q, None, **arguments)
+    with pytest.raises(ValueError, match=r"a cache of keys$"):
+        varlen_attention(torch.nn.Module(), q[:, :, :1], q, q, None, position_ids=torch.tensor([[3]]))
+
+
+def test_varlen_refuses_padding_on_the_left(varlen):
+    model = tiny_model("llama")
+    ids, mask = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with attending([model], VARLEN), pytest.raises(ValueError, match="padded on the right"):
+        model(ids, attention_mask=mask, use_cache=False)
+    with attending([model], VARLEN):
+        right = model(ids, attention_mask=mask.flip(1), use_cache=False).logits
+    own = model(ids, attention_mask=mask.flip(1), use_cache=False).logits
+    torch.testing.assert_close(right[0, :2], own[0, :2])
