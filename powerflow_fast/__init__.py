@@ -38,7 +38,10 @@ from .objective_registry import resolve_objective  # noqa: E402
 from .objectives import LATBOutput, la_tb_loss  # noqa: E402
 from .partition import LogZHead, group_log_z  # noqa: E402
 from .patching import patch_causal_lm  # noqa: E402
+from .products import compiled_products_run  # noqa: E402
 from .trajectories import ObjectiveOutput, Trajectories  # noqa: E402
+
+compiled_products_run()  # It asks by running one, which the fake tensors of a compiler that traces us could not.
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,6 +173,21 @@ def test_the_compiled_products_are_taken_where_they_run(monkeypatch):
     assert type(products_for(torch.zeros(1))) is Products
     bf16 = products_for(torch.zeros(1, dtype=torch.bfloat16))
     assert type(bf16) is (CpuBf16Products if NATIVE_BF16 else Products)
+
+
+@compiled
+def test_a_tracer_that_comes_first_does_not_hide_them():
+    code = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import powerflow_fast
+from powerflow_fast.products import products_for
+with FakeTensorMode():
+    traced = type(products_for(torch.zeros(1))).__name__
+print(traced, type(products_for(torch.zeros(1))).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["CompiledProducts"] * 2, done.stderr
 
 
 @compiled
