@@ -49,7 +49,7 @@ SOURCES = {
     ("la_tb_loss", "compiled"): _LOSS,
     ("rollout", "torch"): ("package/rollout.py", "package/rollout_continuous.py"),
     ("update", "torch"): _HEAD_TORCH + _LOSS + _UPDATE,
-    ("update", "triton"): _HEAD_TRITON + _LOSS + _UPDATE,
+    ("update", "triton"): _HEAD_TRITON + _LOSS + _UPDATE + ("package/varlen.py",),
 }
 
 

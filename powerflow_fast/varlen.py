@@ -111,7 +111,8 @@ def varlen_attention(
     if asked := [name for name, wanted in lacking.items() if wanted]:
         raise ValueError(f"{VARLEN}: torch's variable-length attention doesn't take {', '.join(asked)}")
     cu_seqlens, longest = _sequences(position_ids, query.shape[0])
-    packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # (B·T, heads, D)
+    # (B·T, heads, D), in the dtype of a linear layer's result: under autocast the rotation leaves the others in fp32.
+    packed = [x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value)]
     out = varlen_attn(
         *packed,
         cu_seqlens,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,7 @@ def test_attending_gives_the_models_own_attention_back():
 def attend_one_by_one(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """What torch's kernel computes, which exists for CUDA only: (T, heads, D) packed, causal within a left window."""
     assert cu_q is cu_k and max_q == max_k == int(cu_q.diff().max()) and cu_q.dtype == torch.int32
+    assert query.dtype == key.dtype == value.dtype, "the kernel takes one dtype, and is not cast for by autocast"
     assert query.ndim == 3 and (query.shape[1] != key.shape[1]) == enable_gqa and window_size[1] == 0
     rows = []
     for first, last in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
@@ -128,6 +130,8 @@ def test_varlen_attention_gives_the_models_own_log_probs_and_gradients(varlen, a
             window = (2, 0) if options else (-1, 0)
             assert all(kwargs["window_size"] == window for _, kwargs in varlen)
         check_packing(scorer, temperature=1.0, sample_prompts_ids=PROMPTS)
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+        check_packing(scorer, temperature=1.0, sample_prompts_ids=PROMPTS, autocast=autocast)
 
 
 def test_varlen_is_taken_without_flash_attention_where_the_model_needs_no_more():
