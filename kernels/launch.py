@@ -139,12 +139,16 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_matmul_fp32_(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
-    """``total += a @ b`` for a float32 ``total``, without a float32 copy of the operands on a GPU; ``total = a @ b``,
-    whatever it held and in its dtype, if fresh."""
+    """``total += a @ b``, summed in float32 and without a float32 copy of the operands on a GPU; ``total = a @ b``,
+    whatever it held, if fresh."""
+    if total.dtype != torch.float32:  # in pieces: a float32 product of a head's size would be the peak
+        rows = max(1, SCRATCH_BYTES // (4 * total.shape[1]))
+        for part, its in zip(total.split(rows), a.split(rows), strict=True):
+            product = matmul_fp32(its, b)
+            part.copy_(product) if fresh else part.add_(product)
+        return
     beta = 0 if fresh else 1
-    if fresh and total.dtype != torch.float32:
-        total.copy_(matmul_fp32(a, b)) if a.device.type == "cpu" else torch.mm(a, b, out=total)
-    elif a.dtype == torch.float32 or a.device.type == "cpu":
+    if a.dtype == torch.float32 or a.device.type == "cpu":
         total.addmm_(a.float(), b.float(), beta=beta)
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)

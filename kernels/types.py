@@ -79,13 +79,15 @@ class HeadSums:
         )
 
     def columns(self, columns: slice, dtype: torch.dtype) -> HeadSums:
-        """Sums of some vocabulary columns, to add to in ``dtype``: these ones, or new ones for `put` where they have
-        another dtype, which only sums that hold nothing yet can have."""
-        parts = [None if x is None else x[columns] for x in (self.d_weight, self.d_bias)]
-        if any(x is not None and x.dtype != dtype for x in parts):
-            assert self.fresh, "sums in the parameters' own dtype take a single pass"
-            parts = [None if x is None else x.new_empty(x.shape, dtype=dtype) for x in parts]
-        return HeadSums(*parts, self.fresh)
+        """Sums of some vocabulary columns, to add to in ``dtype``: these ones, or a copy for `put` where they have
+        another dtype."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            if x is None or x.dtype == dtype:
+                return x if x is None else x[columns]
+            return torch.empty_like(x[columns], dtype=dtype) if self.fresh else x[columns].to(dtype)
+
+        return HeadSums(part(self.d_weight), part(self.d_bias), self.fresh)
 
     def put(self, columns: slice, total: HeadSums) -> None:
         """Take over what `columns` gave, once it is complete."""

@@ -329,3 +329,27 @@ def test_bad_group_ids_are_named():
     for group_ids, error in ((torch.zeros(3, dtype=torch.int64), ValueError), (torch.zeros(7), TypeError)):
         with pytest.raises(error, match=r"^linear_la_tb_loss: group_ids must"):
             linear_la_tb_loss(labels=labels, log_z=None, **leaves, **{**sequences, "group_ids": group_ids}, **options)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_in_double_precision_is_trained_in_several_chunks(backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    n, v = 300, 60
+    hidden, weight = (torch.randn(rows, 16, generator=generator).to(dtype) for rows in (n, v))
+    bias = torch.randn(v, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(v, (n,), generator=generator)
+    cu_seqlens = torch.arange(0, n + 1, n // 6, dtype=torch.int32)
+    grads = []
+    for cache_bytes in (None, 128 * 64 * 4):
+        out = linear_la_tb_loss(
+            *(hidden, weight.requires_grad_(), labels, cu_seqlens, torch.zeros(6), torch.zeros(6)),
+            alpha=2.0,
+            bias=bias,
+            backend=backend,
+            cache_bytes=cache_bytes,
+        )
+        grads.append(torch.autograd.grad(out.loss, [weight, bias]))
+    assert grads[0][1].dtype == torch.float64
+    for whole, cut in zip(*grads, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
