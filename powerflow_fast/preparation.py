@@ -142,20 +142,23 @@ def choose_packing(
     if config.packing == "off":
         return None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    attention = packed_attention(scorer.model, autocast=half)
+    own = unwrap_peft(scorer.model).config._attn_implementation
     options = {"temperature": config.temperature, "sample_prompts_ids": sample_prompts_ids}
-    try:
-        with attending(base.alike(scorer), attention):
-            check_packing(scorer, autocast=accelerator.autocast, **options)
-            if base.scorer.model is not scorer.model:
-                check_packing(base.scorer, autocast=accelerator.autocast, **options)
-    except SelfCheckError as error:
-        if config.packing == "on":
-            raise
-        logger.warning("rows are padded instead of packed: %s", error)
-        return None
-    logger.info("rows are packed, with %s attention", attention)
-    return attention
+    for attention in dict.fromkeys([packed_attention(scorer.model, autocast=half), own]):
+        try:
+            with attending(base.alike(scorer), attention):
+                check_packing(scorer, autocast=accelerator.autocast, **options)
+                if base.scorer.model is not scorer.model:
+                    check_packing(base.scorer, autocast=accelerator.autocast, **options)
+        except SelfCheckError as error:
+            if attention == own and config.packing == "on":
+                raise
+            otherwise = "rows are padded instead of packed" if attention == own else f"packed rows go through {own}"
+            logger.warning("%s: %s", otherwise, error)
+        else:
+            logger.info("rows are packed, with %s attention", attention)
+            return attention
+    return None
 
 
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:

@@ -112,14 +112,18 @@ def check_packing(
     device = scorer.head.weight.device
     trained = [p for p in scorer.parameters() if p.requires_grad]
 
-    def scored(*batches: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        with autocast():
-            logps = torch.cat([scorer(batch.to(device), temperature=temperature).logps for batch in batches])
-        return logps.detach(), torch.autograd.grad(logps.sum(), trained, materialize_grads=True) if trained else ()
-
     lm = unwrap_peft(scorer.model)
     attention = lm.config._attn_implementation
     failure = f"check_packing: {type(lm).__name__} with {attention} attention cannot be packed"
+
+    def scored(*batches: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        try:
+            with autocast():
+                logps = torch.cat([scorer(batch.to(device), temperature=temperature).logps for batch in batches])
+            return logps.detach(), torch.autograd.grad(logps.sum(), trained, materialize_grads=True) if trained else ()
+        except Exception as error:  # a model says in its own way that it takes no position ids, a kernel what it lacks
+            raise SelfCheckError(f"{failure}: it raises {type(error).__name__}: {error}") from error
+
     with evaluating(scorer.model), torch.enable_grad():
         scorer.model.train()
         want, gradient = scored(*(pad_batch([p], [c], 0) for p, c in zip(*halves, strict=True)))
@@ -128,10 +132,7 @@ def check_packing(
         # Rows of both kinds that training may make: see pack_batch.
         for kind in [None] if break_even(scorer.model, attention) is None else [None, 0.0]:
             batch = pack_batch(*halves, break_even=kind)
-            try:
-                got, packed_gradient = scored(batch)
-            except Exception as error:  # each model says in its own way that it cannot take position ids
-                raise SelfCheckError(f"{failure}: it raises {type(error).__name__}: {error}") from error
+            got, packed_gradient = scored(batch)
             if not _close(got, want, tolerance := _tolerance(logits)):
                 difference = _difference(got, want, tolerance, "a forward of its own", "the packed forward")
                 raise SelfCheckError(f"{failure}: {difference}. {_explain_packing(batch, got, want, tolerance)}")

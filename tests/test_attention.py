@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
+from test_trainer import run
 from tiny import one_thread, tiny_model  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
+from powerflow_fast import preparation
 from powerflow_fast.attention import attending, break_even, packed_attention
 from powerflow_fast.models import CausalLMScorer, add_lora
 from powerflow_fast.packing import pack_batch, pad_batch
@@ -182,3 +184,12 @@ def test_varlen_refuses_padding_on_the_left(varlen):
         right = model(ids, attention_mask=mask.flip(1), use_cache=False).logits
     own = model(ids, attention_mask=mask.flip(1), use_cache=False).logits
     torch.testing.assert_close(right[0, :2], own[0, :2])
+
+
+def test_an_attention_that_fails_leaves_packing_to_the_models_own(tmp_path, monkeypatch, caplog):
+    """Here the kernel raises, since it exists for CUDA only."""
+    monkeypatch.setattr(preparation, "packed_attention", lambda *args, **kwargs: register_varlen())
+    with caplog.at_level("INFO", "powerflow_fast"):
+        run(tmp_path, max_steps=1, packing="on", num_sample_prompts=1)
+    assert "packed rows go through sdpa: check_packing" in caplog.text
+    assert "rows are packed, with sdpa attention" in caplog.text
