@@ -15,7 +15,7 @@ import transformers as tf
 from tiny import ARCHITECTURES, PAD, VOCAB, one_thread, ragged_ids, tiny_model  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from powerflow_fast import patching
+from powerflow_fast import patching, products
 from powerflow_fast.errors import ModelError
 from powerflow_fast.models import add_lora, disable_dropout
 from powerflow_fast.patching import TokenLogprobs, patch_causal_lm, unpatch_causal_lm
@@ -162,7 +162,12 @@ def test_reductions_and_entropy():
         assert torch.equal(model.logprobs(**padded(), temperature=0.8, reduction=reduction), got.logprobs)
 
 
-def test_no_logits_exist():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_logits_exist(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(products, "compiled_products_run", lambda: False)
+    elif not products.compiled_products_run():
+        pytest.skip("the compiled products need AVX-512")
     model = patch_causal_lm(tiny_model())
     batch = padded()
     with Sizes() as sizes:
@@ -171,9 +176,9 @@ def test_no_logits_exist():
     counted = sum(LENGTHS) - len(LENGTHS)
     assert rows * 16 in sizes.seen  # the recorder works: hidden states
     assert rows * VOCAB not in sizes.seen
-    # the torch backend walks over tiles in a buffer of its own, which on a tiny vocabulary is the whole of it, and
-    # packs an operand into a whole block
-    assert max(sizes.seen) <= max(counted * VOCAB, VOCAB * 16, rows * 24, 64 * 64)
+    # the torch backend walks over tiles in a buffer of its own, which on a tiny vocabulary is the whole of it;
+    # the compiled products pack an operand into a whole block
+    assert max(sizes.seen) <= max(counted * VOCAB, VOCAB * 16, rows * 24, 64 * 64 * compiled)
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
