@@ -128,10 +128,22 @@ def class_body(cls: type) -> list[str]:
     return blocks
 
 
+def foreign_fields(cls: Any) -> tuple[type | None, set[str]]:
+    """The base of a dataclass that another package brings, and the fields that it alone has: they change with its
+    releases, and its own documentation has them."""
+    if not (inspect.isclass(cls) and dataclasses.is_dataclass(cls)):
+        return None, set()
+    own = [c for c in cls.__mro__ if c.__module__.startswith(PACKAGE)]
+    base = next((c for c in cls.__mro__ if dataclasses.is_dataclass(c) and c not in own), None)
+    ours = {name for c in own for name in inspect.get_annotations(c)}
+    return base, {field.name for field in dataclasses.fields(cls)} - ours if base else set()
+
+
 def field_docs(cls: type) -> Iterator[tuple[str, str]]:
     """What a dataclass says of a field in its metadata, or what stands below a field."""
+    _, foreign = foreign_fields(cls)
     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
-        if "help" in field.metadata:
+        if "help" in field.metadata and field.name not in foreign:
             yield field.name, field.metadata["help"]
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     for node, below in itertools.pairwise(body):
@@ -153,9 +165,10 @@ def code(name: str, value: Any) -> str:
         signature = inspect.signature(value)
     except ValueError:
         return ""
+    base, foreign = foreign_fields(value)
     parameters, keyword_only = [], False
     for p in signature.parameters.values():
-        if p.name == "self":
+        if p.name == "self" or p.name in foreign:
             continue
         if p.kind is p.KEYWORD_ONLY and not keyword_only and "*" not in "".join(x[:1] for x in parameters):
             parameters.append("*")
@@ -165,6 +178,8 @@ def code(name: str, value: Any) -> str:
         shown = p.default.__name__ if inspect.isfunction(p.default) else repr(p.default)  # a repr has an address
         default = "" if p.default is p.empty else f" = {shown}" if annotated else f"={shown}"
         parameters.append(stars + p.name + annotated + default)
+    if foreign:
+        parameters.append(f"**fields of {base.__name__}")
     empty = inspect.isclass(value) or signature.return_annotation is signature.empty
     end = ")" if empty else f") -> {annotation(signature.return_annotation)}"
     line = f"{name}({', '.join(parameters)}{end}"

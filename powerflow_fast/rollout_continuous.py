@@ -6,6 +6,7 @@ last update, and its memory would stay taken while the policy trains.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,7 @@ class ContinuousBatchingEngine(ModelEngine):
         self, lm: Any, requests: list[list[int]], copies: int, seed: int, limit: int
     ) -> dict[tuple[int, int], Any]:
         """Outputs by (request, copy of it)."""
-        from transformers import ContinuousBatchingConfig, GenerationConfig
+        from transformers import GenerationConfig
 
         page = _FLASH_PAGE if "flash" in lm.config._attn_implementation else _PAGE
         generation_config = GenerationConfig(
@@ -107,21 +108,18 @@ class ContinuousBatchingEngine(ModelEngine):
             pad_token_id=self.pad_id,
             num_return_sequences=copies,
         )
-        batching_config = ContinuousBatchingConfig(
-            page_size=page,
+        batching = batching_config(
+            page,
             num_blocks=-(-self.cache_tokens // page),
             max_batch_tokens=self.max_batch_tokens,
             max_requests_per_batch=self.batch_size,
             return_logprobs=True,
             seed=seed,
-            auto_switch_to_flash=False,  # it may download kernels, and would score with other ones than it samples
             use_async_batching=False,
             use_cuda_graph=False,
         )
         lm.destroy_cached_continuous_batching_manager()  # one that somebody kept has keys and values of older weights
-        manager = lm.init_continuous_batching(
-            generation_config=generation_config, continuous_batching_config=batching_config
-        )
+        manager = lm.init_continuous_batching(generation_config=generation_config, continuous_batching_config=batching)
         # Before the start: what is drawn with which random numbers must not depend on how fast requests arrive.
         ids = manager.add_requests(requests, max_new_tokens=limit)
         # A child is the parent's id with a suffix, and may come back before it.
@@ -150,10 +148,29 @@ class ContinuousBatchingEngine(ModelEngine):
         return results
 
 
+def batching_config(page: int, **options: Any) -> Any:
+    """With pages of ``page`` tokens, by the name that this release of transformers has for them."""
+    from transformers import ContinuousBatchingConfig
+
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    options["page_size" if "page_size" in known else "block_size"] = page
+    if "auto_switch_to_flash" in known:
+        options["auto_switch_to_flash"] = False
+    return ContinuousBatchingConfig(**options)
+
+
 @contextmanager
 def _attention_kept(lm: Any) -> Iterator[None]:
-    """The manager may switch the attention implementation, and does not switch it back when it fails early."""
+    """The manager may switch the attention implementation, and does not switch it back when it fails early.
+
+    It is not to switch to a flash kernel: that may be downloaded, and would sample with another one than scores.
+    Releases without an option for that leave alone what is called paged already.
+    """
+    from transformers import ContinuousBatchingConfig
+
     own = lm.config._attn_implementation
+    if not hasattr(ContinuousBatchingConfig, "auto_switch_to_flash") and not any(w in own for w in ("flash", "paged")):
+        lm.set_attn_implementation(f"paged|{own}")
     try:
         yield
     finally:
@@ -195,5 +212,7 @@ def _forward_in(lm: Any, autocast: Callable[[], AbstractContextManager[Any]]) ->
             lm.forward = patched
 
 
-def _update_in_its_dtype(cache: Any, update: Callable[..., Any], key_states: Any, value_states: Any, **options: Any):
-    return update(key_states=key_states.to(cache.dtype), value_states=value_states.to(cache.dtype), **options)
+def _update_in_its_dtype(
+    cache: Any, update: Callable[..., Any], key_states: Any, value_states: Any, *rest: Any, **options: Any
+) -> Any:
+    return update(key_states.to(cache.dtype), value_states.to(cache.dtype), *rest, **options)

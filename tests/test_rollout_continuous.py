@@ -9,13 +9,13 @@ import torch
 from test_rollout import HOSTILE, PROMPTS, chi_square, hostile
 from tiny import EOS, PAD, VOCAB, one_thread, ragged_ids, tiny_model, tiny_tokenizer  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.continuous_batching import cache as paged
 
 from powerflow_fast.errors import ConfigError, RolloutError
 from powerflow_fast.models import CausalLMScorer, add_lora
 from powerflow_fast.packing import pad_batch
-from powerflow_fast.rollout_continuous import ContinuousBatchingEngine
+from powerflow_fast.rollout_continuous import ContinuousBatchingEngine, batching_config
 
 
 def engine(model, tokenizer=None, **options):
@@ -34,7 +34,7 @@ def flat(rollout):
     return torch.tensor([x for row in rollout.logps for x in row])
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "opt", "cohere"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "cohere"])
 def test_drawn_with_the_scored_probability(arch):
     model = hostile(tiny_model(arch))
     rollout = engine(model, temperature=0.8).generate(PROMPTS, seed=5, return_logps=True)
@@ -93,7 +93,7 @@ def test_no_keys_and_values_of_older_weights():
     prompts = ragged_ids([40, 33], seed=1)  # more than a page, so that there is something to share
     sampler = engine(model)
     sampler.generate(prompts, seed=0)
-    config = ContinuousBatchingConfig(num_blocks=64, page_size=16, max_batch_tokens=64, auto_switch_to_flash=False)
+    config = batching_config(16, num_blocks=64, max_batch_tokens=64)
     own = GenerationConfig(max_new_tokens=2, eos_token_id=EOS, pad_token_id=PAD)
     model.generate_batch(prompts, own, continuous_batching_config=config, persistent_manager=True)
     with torch.no_grad():
@@ -148,7 +148,9 @@ def test_memory_is_what_the_config_says(monkeypatch):
 
     def spy(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        caches.append((self.cache_tensor.nbytes, self.max_batch_tokens))
+        one = hasattr(self, "cache_tensor")  # older releases have one tensor per layer
+        tensors = [self.cache_tensor] if one else [*self.key_cache, *self.value_cache]
+        caches.append((sum(x.nbytes for x in tensors), self.max_batch_tokens))
 
     monkeypatch.setattr(paged.PagedAttentionCache, "__init__", spy)
     model = tiny_model()
