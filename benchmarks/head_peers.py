@@ -188,7 +188,8 @@ def gemm_step(provider: Provider, inputs: HeadInputs, mode: str, dtype: torch.dt
     if provider.name == "gemm fp32":
         dtype = torch.float32
     hidden, weight = inputs.hidden.to(dtype), inputs.weight.to(dtype)
-    exps = torch.ones(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
+    # random, since a GPU that multiplies ones draws less power and runs faster
+    exps = torch.rand(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
     multiply, result_dtype = torch.mm, dtype
     if provider.name == "gemm blocks":  # oneDNN's, as powerflow_fast calls it: fp32 results, of bf16 operands too
         multiply, result_dtype = partial(CompiledProducts(hidden).product, add=False), torch.float32

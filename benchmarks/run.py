@@ -27,7 +27,7 @@ if importlib.util.find_spec("powerflow_fast") is None:
 import measure  # noqa: E402
 import torch  # noqa: E402
 from head_case import DTYPES  # noqa: E402
-from operations import OPERATIONS, Case, tests_of  # noqa: E402
+from operations import OPERATIONS, Case, Operation, tests_of  # noqa: E402
 from providers import Provider  # noqa: E402
 from suites import SUITES  # noqa: E402
 
@@ -53,9 +53,16 @@ def warm_step(provider: Provider, case: Case, inputs, device: torch.device):
     """The step of a provider, with its code loaded and its threads started; a GPU warms up in whole rounds besides."""
     make = OPERATIONS[case.op].step
     step = make(provider, case, inputs)
-    if device.type == "cpu":
+    if device.type == "cpu" or OPERATIONS[case.op].whole_model:
         (step if provider.warm_whole else make(provider, case, inputs.first(8)))()
     return step
+
+
+def warm_rounds(operation: Operation, device: torch.device) -> int:
+    """Whole rounds that don't count. Seconds of a whole model are not spent three times over: see `warm_step`."""
+    if operation.short:
+        return 3
+    return 0 if device.type == "cpu" else 1 if operation.whole_model else 3
 
 
 def probe_memory(case: Case, names: list[str]) -> None:
@@ -171,7 +178,7 @@ def measure_case(case: Case, options: argparse.Namespace, device: torch.device) 
     timings = measure.interleave(
         calls,
         measure.Clock(device, cold=case.l2 == "cold"),
-        warmup=3 if device.type == "cuda" or operation.short else 0,
+        warmup=warm_rounds(operation, device),
         min_reps=options.min_reps,
         max_reps=options.max_reps,
         budget_s=options.budget,
