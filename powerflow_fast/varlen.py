@@ -20,13 +20,13 @@ VARLEN = "powerflow_varlen"
 
 
 def varlen_available(config: Any) -> bool:
-    """Whether this torch's kernel takes a causal window and fewer heads of keys than of queries, and a model of this
-    config asks for no more: no softcap, no attention in chunks."""
+    """Whether this torch's kernel takes a causal window, and a model of this config asks for no more: no softcap, no
+    attention in chunks."""
     try:
         from torch.nn.attention import varlen
     except ImportError:
         return False
-    if not {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen.varlen_attn).parameters):
+    if not {"window_size", "scale"} <= set(inspect.signature(varlen.varlen_attn).parameters):
         return False
     kinds = set(getattr(config, "layer_types", None) or ())
     softcap = getattr(config, "attn_logit_softcapping", None)
@@ -113,6 +113,12 @@ def varlen_attention(
     cu_seqlens, longest = _sequences(position_ids, query.shape[0])
     # (B·T, heads, D), in the dtype of a linear layer's result: under autocast the rotation leaves the others in fp32.
     packed = [x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value)]
+    options = {}
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            packed[1:] = [x.repeat_interleave(group, 1) for x in packed[1:]]
     out = varlen_attn(
         *packed,
         cu_seqlens,
@@ -121,6 +127,6 @@ def varlen_attention(
         longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
+        **options,
     )
     return out.unflatten(0, (query.shape[0], query.shape[2])), None

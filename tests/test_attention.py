@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
@@ -64,7 +65,7 @@ def test_attending_gives_the_models_own_attention_back():
     assert first.model.config._attn_implementation == "sdpa" and inner.config._attn_implementation == "eager"
 
 
-def attend_one_by_one(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def attend_one_by_one(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch's kernel computes, which exists for CUDA only: (T, heads, D) packed, causal within a left window."""
     assert cu_q is cu_k and max_q == max_k == int(cu_q.diff().max()) and cu_q.dtype == torch.int32
     assert query.dtype == key.dtype == value.dtype, "the kernel takes one dtype, and is not cast for by autocast"
@@ -81,16 +82,20 @@ def attend_one_by_one(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, win
     return torch.cat(rows)
 
 
-@pytest.fixture
-def varlen(monkeypatch):
+@pytest.fixture(params=["torch 2.11", "newer"])
+def varlen(monkeypatch, request):
     from torch.nn.attention import varlen as module
 
     calls = []
+    known = [*inspect.signature(attend_one_by_one).parameters.values()]
+    known = known[:-1] if request.param == "torch 2.11" else known  # it has no enable_gqa
 
     def spy(*args, **kwargs):
+        spy.__signature__.bind(*args, **kwargs)
         calls.append((args[3], kwargs))
         return attend_one_by_one(*args, **kwargs)
 
+    spy.__signature__ = inspect.Signature(known)
     monkeypatch.setattr(module, "varlen_attn", spy)
     register_varlen()
     return calls
