@@ -154,11 +154,12 @@ class Timing:
 
     def __init__(self) -> None:
         self.ms: list[float] = []
+        self.first_ms: float | None = None  # of the first round: compilation and autotuning, where they weren't before
         self.error: str | None = None
 
     def summary(self) -> dict[str, float | int]:
         named = {f"ms_p{p}": round(quantile(self.ms, p / 100), 4) for p in (20, 50, 80)}
-        return {**named, "reps": len(self.ms)}
+        return {**named, "ms_first": round(self.first_ms, 1), "reps": len(self.ms)}
 
 
 def describe(error: BaseException) -> str:
@@ -196,6 +197,8 @@ def interleave(
             timing = timings[name]
             try:
                 ms, outputs = clock(calls[name])
+                if turn == 0:
+                    timing.first_ms = ms
                 if turn < 2:
                     on_output(name, turn, outputs)
             except Exception as error:

@@ -33,8 +33,8 @@ class Operation:
     step: Callable[[Provider, Any, Any], Callable[[], Outputs]]
     limits: dict[str, float]
     """Beyond these errors a result of ours is wrong, not just inexact."""
-    tests: dict[str, list[str]]
-    """pytest arguments of a quick subset by device; Triton's kernels are tested on a GPU."""
+    tests: dict[str, list[list[str]]]
+    """Runs of pytest by device, each a list of arguments: a quick subset; Triton's kernels are tested on a GPU."""
     whole_model: bool = False
     """A model around it rounds as well, and its attention may sum in any order on a GPU: twice naive's errors are
     allowed, other bits too."""
@@ -42,7 +42,9 @@ class Operation:
     """Steps of microseconds: whole rounds of warming up cost nothing."""
 
 
-_GPU_TESTS = ["tests/gpu"]
+_KERNELS, _OP = ["tests/gpu/test_triton_kernels_gpu.py"], ["tests/gpu/test_la_tb_cuda.py"]
+_AROUND = ["tests/gpu/test_attention_gpu.py", "tests/gpu/test_objectives_gpu.py"]
+_ENGINES = ["tests/test_rollout.py", "tests/test_rollout_continuous.py"]
 _LOSS_TESTS = "oracle or from_hidden or (torch and value_and_gradients)"
 _UPDATE_TESTS = "oracle or logits or base"
 
@@ -58,7 +60,10 @@ OPERATIONS = {
         default_head_providers,
         head_step,
         {"logp_max_err": 1e-3, **_GRADIENTS},
-        {"cpu": ["tests/test_logprobs.py", "-k", "torch and (value_and_gradients or bits or extreme)"]},
+        {
+            "cpu": [["tests/test_logprobs.py", "-k", "torch and (value_and_gradients or bits or extreme)"]],
+            "cuda": [_KERNELS],
+        },
     ),
     LossCase.op: Operation(
         LossCase,
@@ -68,7 +73,7 @@ OPERATIONS = {
         loss_providers,
         loss_step,
         {"loss_rel_err": 1e-3, "d_log_z_rel_err": 1e-3, **_GRADIENTS},
-        {"cpu": ["tests/test_objectives.py", "tests/test_logprobs.py", "-k", _LOSS_TESTS]},
+        {"cpu": [["tests/test_objectives.py", "tests/test_logprobs.py", "-k", _LOSS_TESTS]], "cuda": [_KERNELS, _OP]},
     ),
     LaTbCase.op: Operation(
         LaTbCase,
@@ -78,7 +83,7 @@ OPERATIONS = {
         lambda device, dtype: LA_TB_PROVIDERS,
         la_tb_step,
         dict.fromkeys(("loss_rel_err", "d_logps_rel_err", "d_log_z_rel_err"), 1e-5),
-        {"cpu": ["tests/test_objectives.py", "-k", "oracle or clipped or long_sums"]},
+        {"cpu": [["tests/test_objectives.py", "-k", "oracle or clipped or long_sums"]], "cuda": [_OP]},
         short=True,
     ),
     UpdateCase.op: Operation(
@@ -89,7 +94,12 @@ OPERATIONS = {
         lambda device, dtype: UPDATE_PROVIDERS,
         update_step,
         {"loss_rel_err": 1e-4, "grad_rel_err": 1e-4},
-        {"cpu": ["tests/test_objectives.py", "tests/test_partition.py", "tests/test_models.py", "-k", _UPDATE_TESTS]},
+        {
+            "cpu": [
+                ["tests/test_objectives.py", "tests/test_partition.py", "tests/test_models.py", "-k", _UPDATE_TESTS]
+            ],
+            "cuda": [_KERNELS, _OP, _AROUND],
+        },
         whole_model=True,
     ),
     RolloutCase.op: Operation(
@@ -100,11 +110,7 @@ OPERATIONS = {
         lambda device, dtype: ROLLOUT_PROVIDERS,
         rollout_step,
         {},
-        {"cpu": ["tests/test_rollout.py", "tests/test_rollout_continuous.py"]},
+        {"cpu": [_ENGINES], "cuda": [_ENGINES]},
         whole_model=True,
     ),
 }
-
-
-def tests_of(operation: Operation, device: torch.device) -> list[str]:
-    return operation.tests.get(device.type, _GPU_TESTS)

@@ -27,26 +27,38 @@ if importlib.util.find_spec("powerflow_fast") is None:
 import measure  # noqa: E402
 import torch  # noqa: E402
 from head_case import DTYPES  # noqa: E402
-from operations import OPERATIONS, Case, Operation, tests_of  # noqa: E402
+from operations import OPERATIONS, Case, Operation  # noqa: E402
 from providers import Provider  # noqa: E402
 from suites import SUITES  # noqa: E402
 
 from powerflow_fast.dispatch import resolve_backend  # noqa: E402
 
 
-def run_tests(ops: set[str], device: torch.device) -> bool:
-    """The ops' own tests in a process of their own: on a CPU they use Triton's interpreter, which must be off here."""
-    for selection in {tuple(tests_of(OPERATIONS[op], device)) for op in ops}:
-        arguments = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", *selection]
-        # not `python -m pytest`: that puts kernels/ in front of a package of the same name
-        code = f"import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main({arguments!r}))"
-        print("tests:", *selection, flush=True)
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-            return False
-        print(done.stdout.strip().splitlines()[-1], flush=True)
-    return True
+def tests_pass(arguments: list[str], device: torch.device) -> bool:
+    """One run of pytest in a process of its own: on a CPU they use Triton's interpreter, which must be off here."""
+    arguments = ["-q", "-p", "no:cacheprovider", "--no-header", *arguments]
+    if device.type == "cpu":
+        arguments.append("-x")
+    elif importlib.util.find_spec("xdist"):  # most of their time goes into compiling kernels
+        arguments += ["-n", str(min(8, os.cpu_count() or 1))]
+    # not `python -m pytest`: that puts kernels/ in front of a package of the same name
+    code = f"import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main({arguments!r}))"
+    print("tests:", *arguments[4:], flush=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+    print((done.stdout.strip().splitlines() or ["no output"])[-1], flush=True)
+    return done.returncode == 0
+
+
+def tested_ops(ops: set[str], device: torch.device) -> set[str]:
+    """The operations whose tests pass; what several of them need is run once."""
+    passed: dict[tuple[str, ...], bool] = {}
+    for op in sorted(ops):
+        for arguments in OPERATIONS[op].tests[device.type]:
+            if tuple(arguments) not in passed:
+                passed[tuple(arguments)] = tests_pass(arguments, device)
+    return {op for op in ops if all(passed[tuple(arguments)] for arguments in OPERATIONS[op].tests[device.type])}
 
 
 def warm_step(provider: Provider, case: Case, inputs, device: torch.device):
@@ -218,6 +230,7 @@ def show(rows: list[dict]) -> None:
             error = row.get("sum_err", row.get("loss_rel_err"))
             parts = [f"{row['ms_p50']:>10.2f} ms x{row['reps']}", "" if memory is None else f"{memory:>9.1f} MiB"]
             parts += ["" if error is None else f"err {error:.1e}", "" if row.get("repeatable", True) else "bits vary"]
+            parts += [f"first {row['ms_first'] / 1e3:.1f} s"] if row["ms_first"] > max(1e3, 3 * row["ms_p50"]) else []
             print(f"  {row['provider']:<32}", *parts)
         else:
             print(f"  {row['provider']:<32} {row['status']}: {row['error'][:110]}")
@@ -299,17 +312,16 @@ def main(argv: list[str] | None = None) -> int:
     if options.budget is None:
         options.budget = 40.0 if device.type == "cpu" else 8.0
     suites = options.suites or ["cpu" if device.type == "cpu" else "gpu", "la-tb"]
-    tests = "skipped"
     options.out.mkdir(parents=True, exist_ok=True)
-    if not options.skip_tests:
-        if not run_tests({SUITES[name][0].op for name in suites}, device):
-            print("run.py: the tests fail; nothing was measured", file=sys.stderr)
-            return 2
-        tests = "passed"
+    ops = {SUITES[name][0].op for name in suites}
+    tested = ops if options.skip_tests else tested_ops(ops, device)
     right = True
     for name in suites:
-        right &= run_suite(name, options, device, tests)
-    return 0 if right else 1
+        if SUITES[name][0].op in tested:
+            right &= run_suite(name, options, device, "skipped" if options.skip_tests else "passed")
+        else:
+            print(f"run.py: the tests of {name} fail; nothing was measured", file=sys.stderr)
+    return 2 if tested != ops else 0 if right else 1
 
 
 if __name__ == "__main__":

@@ -129,9 +129,12 @@ def test_rows_say_everything(rehearsal):
 def test_red_tests_stop_the_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "test_red.py").write_text("def test_red():\n    assert False\n")
     tests = operations.OPERATIONS["linear_logprobs"].tests
-    monkeypatch.setitem(tests, "cpu", [str(tmp_path / "test_red.py")])
-    assert run.main(["cpu", "--rehearse", "--device", "cpu", "--out", str(tmp_path)]) == 2
-    assert "nothing was measured" in capsys.readouterr().err and not (tmp_path / "cpu.jsonl").exists()
+    monkeypatch.setitem(tests, "cpu", [[str(tmp_path / "test_red.py")]])
+    monkeypatch.setitem(operations.OPERATIONS["la_tb_loss"].tests, "cpu", [["--collect-only", str(tmp_path)]])
+    options = ["--rehearse", "--limit", "1", "--max-reps", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(["cpu", "la-tb", *options]) == 2
+    assert "tests of cpu fail; nothing was measured" in capsys.readouterr().err
+    assert not (tmp_path / "cpu.jsonl").exists() and (tmp_path / "la-tb.jsonl").exists(), "the other op's tests pass"
 
 
 def test_a_wrong_result_of_ours_is_not_a_figure(tmp_path, monkeypatch):

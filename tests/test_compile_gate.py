@@ -27,18 +27,15 @@ PRODUCT_KERNELS = ("_rest_tile_kernel", "_exp_tile_kernel", "_logit_gradient_ker
 COUNTED = ("STL", "LDL", "HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "FFMA", "FFMA2")
 
 
-def compile_all(arch: int) -> list[dict]:
-    """One record per compiled kernel; runs in a process of its own, where Triton is not interpreting."""
+def compile_launches(arch: int, launches: dict[str, tuple]) -> list[dict]:
+    """One record per kernel that the calls ``(function, *arguments)`` launch on meta tensors, with the call's name; for
+    a process of its own, where Triton is not interpreting."""
     import tempfile
 
-    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
-
-    import powerflow_fast  # noqa: F401  (mounts the kernels)
-    from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd, types
 
     class Target:
         def get_current_target(self):
@@ -51,8 +48,6 @@ def compile_all(arch: int) -> list[dict]:
             return 0
 
     driver.set_active(Target())
-    launch.capability_of = lambda device: divmod(arch, 10)
-    linear_logprob_fwd.num_sms = lambda device: 132
 
     def describe(kernel, variant):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -82,6 +77,22 @@ def compile_all(arch: int) -> list[dict]:
         kernels.setdefault(kernel.hash, kernel)
 
     JITFunction.run = compile_only
+    records = []
+    for name, (function, *arguments) in launches.items():
+        function(*arguments)
+        records += [describe(kernel, name) for kernel in list(kernels.values())[len(records) :]]
+    return records
+
+
+def compile_all(arch: int) -> list[dict]:
+    """One record per kernel of the library."""
+    import torch
+
+    import powerflow_fast  # noqa: F401  (mounts the kernels)
+    from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd, types
+
+    launch.capability_of = lambda device: divmod(arch, 10)
+    linear_logprob_fwd.num_sms = lambda device: 132
 
     def use(dtype, *, v=151936, h=3584, bias=False, stats=False, softcap=None):
         n = 8192
@@ -112,11 +123,7 @@ def compile_all(arch: int) -> list[dict]:
             "fp32 all": (torch.float32, {"bias": True, "softcap": 30.0, "stats": True}),
             "bf16 odd V": (torch.bfloat16, {"v": 50257}),
         }
-    records = []
-    for variant, (dtype, options) in variants.items():
-        use(dtype, **options)
-        records += [describe(kernel, variant) for kernel in list(kernels.values())[len(records) :]]
-    return records
+    return compile_launches(arch, {name: (lambda x=x: use(x[0], **x[1]),) for name, x in variants.items()})
 
 
 @pytest.fixture(scope="module")
