@@ -47,8 +47,12 @@ def start(folder, what):
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment())
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_the_command_line_runs_under_a_launcher(tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [(TORCHRUN, []), (ACCELERATE, []), (TORCHRUN, ["--fsdp"])],
+    ids=["torchrun", "accelerate", "sharded"],
+)
+def test_the_command_line_runs_under_a_launcher(tmp_path, launcher, flags):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("one\ntwo and\nthree\nfour\n")
@@ -64,12 +68,14 @@ def test_the_command_line_runs_under_a_launcher(tmp_path, launcher):
         "rollout_engine": "hf",
     }
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    command = [*launcher, "-m", "powerflow_fast.cli", "train", *words]
+    command = [*launcher, "-m", "powerflow_fast.cli", "train", *words, *flags]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done: ") == 1, "one process speaks"
     assert json.loads((tmp_path / "run" / "run.json").read_text())["num_processes"] == 2
     rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    texts = (tmp_path / "run" / "samples.md").read_text()
+    assert texts.count("**Prompt:**") == 4, "drawn by one process, while the others wait"
     assert rows == [1, 2] and (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
