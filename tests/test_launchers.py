@@ -49,8 +49,8 @@ def start(folder, what):
 
 @pytest.mark.parametrize(
     ("launcher", "flags"),
-    [(TORCHRUN, []), (ACCELERATE, []), (TORCHRUN, ["--fsdp"])],
-    ids=["torchrun", "accelerate", "sharded"],
+    [(TORCHRUN, []), (ACCELERATE, []), (TORCHRUN, ["--fsdp"]), (TORCHRUN, ["--fsdp", "--use_peft"])],
+    ids=["torchrun", "accelerate", "sharded", "sharded-lora"],
 )
 def test_the_command_line_runs_under_a_launcher(tmp_path, launcher, flags):
     tiny_model().save_pretrained(tmp_path / "model")
