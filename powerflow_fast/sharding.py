@@ -26,7 +26,8 @@ __all__ = ["assembled", "check_sharding", "gathered", "laid_out_as", "shard", "w
 def shard(policy: nn.Module, model: nn.Module, device: torch.device) -> nn.Module:
     """Shard ``policy``, the root, in place: one group per transformer block of ``model``, one for the rest of it.
 
-    The head's weight belongs to the root's group. Returns ``model`` as a shell, for :func:`assembled`.
+    The head's weight belongs to the root's group; the log Z head, whose dtype is its own, is a group of its own.
+    Returns ``model`` as a shell, for :func:`assembled`.
     """
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
@@ -43,14 +44,20 @@ def shard(policy: nn.Module, model: nn.Module, device: torch.device) -> nn.Modul
                 f"fsdp=True: expected floating-point weights, got {parameter.dtype} in {name}; load the model without "
                 "quantisation, or set fsdp=False"
             )
+    trained = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    if len(trained) > 1:
+        raise ConfigError(
+            f"fsdp=True: expected trained weights of one dtype, got {' and '.join(trained)}; set dtype='float32'"
+        )
     # A sharded module refuses to be copied, and saving an adapter merges it into a copy.
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
     shell = copy.deepcopy(model, memo)
     mesh = init_device_mesh(device.type, (get_world_size(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
+    for module in [*blocks, getattr(policy, "log_z_head", None)]:
+        if module is not None:
+            fully_shard(module, mesh=mesh)
     # The root too: between forward and backward passes a parameter is its shard, for whoever changes or saves it.
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)
     with torch.no_grad():  # whichever module runs first takes itself for the root: it must be the policy

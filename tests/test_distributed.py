@@ -146,7 +146,13 @@ def test_sharding_needs_processes_and_weights_that_can_be_cut(tmp_path):
     options = {"alpha": 2.0, "fsdp": True, "output_dir": str(tmp_path), "tokenizer": tiny_tokenizer(), **sizes}
     with pytest.raises(ConfigError, match="fsdp=True shards over several processes, and this is one"):
         powerflow_fast.train(tiny_model(), ["one "], **options)
-    policy = Policy(CausalLMScorer(tiny_model()), None)
+    policy = Policy(CausalLMScorer(tiny_model().bfloat16()), None)
+    norm = policy.scorer.model.model.norm.float()  # as models do that keep some modules in fp32
+    with pytest.raises(
+        ConfigError, match=r"fsdp=True: expected trained weights of one dtype, got bfloat16 and float32"
+    ):
+        shard(policy, policy.scorer.model, torch.device("cpu"))
+    norm.bfloat16()
     layer = policy.scorer.model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)  # as bitsandbytes has
     expected = r"fsdp=True: expected floating-point weights, got torch.int8 in scorer.*layers\.1\.mlp\.up_proj\.weight"

@@ -49,8 +49,13 @@ def start(folder, what):
 
 @pytest.mark.parametrize(
     ("launcher", "flags"),
-    [(TORCHRUN, []), (ACCELERATE, []), (TORCHRUN, ["--fsdp"]), (TORCHRUN, ["--fsdp", "--use_peft"])],
-    ids=["torchrun", "accelerate", "sharded", "sharded-lora"],
+    [
+        (TORCHRUN, []),
+        (ACCELERATE, []),
+        (TORCHRUN, ["--fsdp", "--dtype=bfloat16"]),
+        (TORCHRUN, ["--fsdp", "--use_peft"]),
+    ],
+    ids=["torchrun", "accelerate", "sharded-bfloat16", "sharded-lora"],
 )
 def test_the_command_line_runs_under_a_launcher(tmp_path, launcher, flags):
     tiny_model().save_pretrained(tmp_path / "model")
