@@ -308,6 +308,8 @@ class BaseScorer:
         frozen: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.scorer = scorer
+        self.root: nn.Module = scorer
+        """What is called for scores: of a policy sharded over processes its root, which gathers the weights."""
         self.mode = mode
         self._frozen = frozen
 
@@ -320,7 +322,7 @@ class BaseScorer:
         """(N,) fp32 log-probs of the completion tokens in nats, packed, on the device of ``batch``."""
         device = self.scorer.head.weight.device
         with self._frozen(), evaluating(self.scorer.model):
-            out = self.scorer(batch.to(device), temperature=temperature)
+            out = self.root(batch.to(device), temperature=temperature)
         return out.logps.to(batch.input_ids.device)
 
 
@@ -374,13 +376,10 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_model(
-    model: nn.Module, tokenizer: Any, output_dir: Path, *, state_dict: dict[str, Tensor] | None = None
-) -> None:
+def save_model(model: nn.Module, tokenizer: Any, output_dir: Path) -> None:
     """Write ``output_dir/model``, which plain transformers loads; of a PEFT model, merged, and ``adapter/`` beside it.
 
-    ``model`` is complete or absent: it is written beside its place and renamed. ``state_dict``: its weights, where they
-    are sharded in the module itself.
+    ``model`` is complete or absent: it is written beside its place and renamed.
     """
     if is_peft(model):
         model.save_pretrained(output_dir / "adapter")
@@ -388,7 +387,7 @@ def save_model(
         model = copy.deepcopy(model).cpu().float().merge_and_unload()
     temporary, final = output_dir / ".model.tmp", output_dir / "model"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state_dict)
+    model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)

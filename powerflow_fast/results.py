@@ -58,7 +58,6 @@ def write_results(
     history: list[dict[str, float]],
     *,
     samples: tuple[list[report.Sample], list[report.Sample]],
-    weights: dict[str, Tensor] | None,
     log_z_weights: dict[str, Tensor] | None,
     alpha: float,
     alpha_note: str | None,
@@ -68,12 +67,12 @@ def write_results(
 ) -> None:
     """Write ``model/``, ``log_z_head.safetensors``, ``samples.md`` and ``history.png``; by one process.
 
-    ``samples`` are those before and after training; ``weights`` the model's where they are sharded in it.
+    ``samples`` are those before and after training.
     """
     # A skipped step has no finite numbers, or too few of them.
     needed = ("loss", "entropy", "length")
     steps = [row for row in history if all(isinstance(row.get(k), float) and math.isfinite(row[k]) for k in needed)]
-    save_model(model, tokenizer, output_dir, state_dict=weights)
+    save_model(model, tokenizer, output_dir)
     if log_z_weights is not None:
         save_file(log_z_weights, output_dir / "log_z_head.safetensors")
     report.write_model_card(

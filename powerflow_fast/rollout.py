@@ -206,7 +206,9 @@ class HFGenerateEngine(ModelEngine):
             return_dict_in_generate=return_logps,
             output_scores=return_logps,
         )
-        out = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        # Not in step with other processes, which a sharded model would be told to be: its weights are gathered here,
+        # and the others may sample more prompts, or none.
+        out = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=False)
         if not return_logps:
             return out[:, width:], None
         tokens = out.sequences[:, width:]

@@ -150,6 +150,7 @@ class SeededDecoder(ModelEngine):
             generation_config=config,
             logits_processor=[pick],
             stopping_criteria=[_limits(width, torch.tensor(limits, device=device))],
+            synced_gpus=False,  # as in HFGenerateEngine
         )
         self.prefilled_tokens += sum(map(len, prompts))
         self.forwards += len(pick.tokens)

@@ -62,7 +62,7 @@ from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
 from .samples import Samples
 from .self_check import self_check
-from .sharding import check_sharding, gathered, shard, whole, whole_number
+from .sharding import assembled, check_sharding, gathered, shard, whole, whole_number
 from .throughput import Throughput
 from .update import Policy, Updater
 
@@ -100,7 +100,7 @@ class Run:
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
         if config.fsdp:
-            check_sharding(config, self.world)
+            check_sharding(self.world)
         config.generation_batch_size(self.world)
         config.check_groups(self.world, needed_by=self.objective.name if self.objective.needs_groups else None)
         check_rollout_config(config)
@@ -163,8 +163,9 @@ class Run:
                 autocast=accelerator.autocast,
             )
         packing = choose_packing(config, scorer, self.base, accelerator=accelerator, sample_prompts_ids=first_prompts)
-        if config.fsdp:
-            shard(self.policy, self.model, accelerator.device)
+        self.shell = shard(self.policy, self.model, accelerator.device) if config.fsdp else None
+        if config.fsdp and self.base.scorer.model is self.model:
+            self.base.root = self.policy
         trained = [p for p in scorer.parameters() if p.requires_grad]
         optimizer = make_optimizer(trained, head, config, accelerator.device)
         self.scheduler = get_scheduler(
@@ -477,16 +478,15 @@ class Run:
         after = self._draw_samples(broadcast_object_list([len(before)])[0])
         head = self.policy.log_z_head
         head_weights = None if head is None else whole(head.state_dict())
-        weights = whole(self.model.state_dict()) if self.config.fsdp else None
+        model = self.model if self.shell is None else assembled(self.shell, self.model, keep=self.is_main)
         if self.is_main:
             self.alpha.check()
             write_results(
                 self.output_dir,
-                self.model,
+                model,
                 self.tokenizer,
                 self.log.history,
                 samples=(before, after),
-                weights=weights,
                 log_z_weights=head_weights,
                 alpha=self.alpha.landed,
                 alpha_note=self.alpha.summary(),

@@ -15,7 +15,9 @@ from tiny import one_thread, tiny_model, tiny_tokenizer  # noqa: F401
 import powerflow_fast
 from powerflow_fast import PowerFlowConfig
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.sharding import check_sharding
+from powerflow_fast.models import CausalLMScorer
+from powerflow_fast.sharding import shard
+from powerflow_fast.update import Policy
 
 _SCRIPT = """
 import random, sys
@@ -41,11 +43,11 @@ class Fixed(rollout.HFGenerateEngine):
 
 rollout_choice.HFGenerateEngine = Fixed
 
-def run(log_z, name, max_steps, resume=None, **options):
+def run(log_z, name, max_steps, resume=None):
     result = powerflow_fast.train(
         tiny_model(), ["one ", "two and ", "three ", "four "], alpha=2.0, tokenizer=tiny_tokenizer(),
         output_dir=f"{folder}/{log_z}-{name}", log_z=log_z, num_generations=4, gradient_accumulation_steps=2,
-        per_device_train_batch_size=8 // processes, max_completion_length=6, max_prompt_length=16, learning_rate=1e-3,
+        per_device_train_batch_size=8 // processes, max_completion_length=6, max_prompt_length=16,
         max_steps=max_steps, num_iterations=2, resume_from_checkpoint=resume, rollout_engine="hf", **options,
         lr_scheduler_type="constant", bf16=False,  # "auto" rounds gradients to bf16 on CPUs that multiply it fast
         max_tokens_per_batch=24 if processes > 1 and log_z == "group" else None,  # ranks have other lengths
@@ -55,28 +57,27 @@ def run(log_z, name, max_steps, resume=None, **options):
     weights = sharding.whole(dict(result.model.named_parameters()))
     torch.save({n: p.detach() for n, p in weights.items()}, f"{folder}/{log_z}-{name}-rank{rank}")
 
-folder, processes, fsdp = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "fsdp"
+folder, processes, kind, plan = sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5].split(",")
+options = {"num_sample_prompts": 0, "self_check": False, "learning_rate": 1e-3}
+if "fsdp" in kind:  # with what runs past the policy's forward: a self-check, samples, an evaluation on one rank
+    options |= {"fsdp": True, "self_check": True, "num_sample_prompts": 2, "eval_steps": 2}
+    options["eval_fn"] = lambda model, tokenizer, step: {"norm": model.lm_head.weight.norm()}
+if "lora" in kind:  # three rows don't divide by two processes; large steps, for an adapter starts from nothing
+    options |= {"use_peft": True, "lora_r": 3, "learning_rate": 5e-3}
 for log_z in ("learned", "group"):
-    if not fsdp:
-        run(log_z, "whole", 3, num_sample_prompts=0, self_check=False)
-        if processes > 1:
-            run(log_z, "cut", 1, num_sample_prompts=0, self_check=False)  # ends within a rollout
-            run(log_z, "cut", 3, resume=True, num_sample_prompts=0, self_check=False)
-    else:  # with what runs past the policy's forward: a self-check, samples, an evaluation on one rank
-        options = {"fsdp": True, "num_sample_prompts": 2, "eval_steps": 2}
-        options["eval_fn"] = lambda model, tokenizer, step: {"norm": model.lm_head.weight.norm()}
-        run(log_z, "whole", 3, **options)
-        run(log_z, "cut", 1, **options)
-        run(log_z, "cut", 3, resume=True, **options)
-        run(log_z, "even", 2, **options)  # ends with its rollout
+    for name in plan:
+        if name == "cut":
+            run(log_z, name, 1)  # ends within a rollout
+        # "even" ends with its rollout; "taken" is one that other processes began so.
+        run(log_z, name, 2 if name == "even" else 3, resume=name in ("cut", "taken"))
 """
 
 
-def launch(folder, processes, wrapper="ddp"):
-    folder.mkdir()
+def launch(folder, processes, kind="ddp", plan="whole,cut,even"):
+    folder.mkdir(exist_ok=True)
     (folder / "script.py").write_text(_SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    arguments = [folder / "script.py", Path(__file__).parent, folder, processes, wrapper]
+    arguments = [folder / "script.py", Path(__file__).parent, folder, processes, kind, plan]
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -92,7 +93,7 @@ def weights(folder, name, rank=0):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed") / "one"
-    launch(folder, 1)
+    launch(folder, 1, plan="whole")
     return folder
 
 
@@ -111,7 +112,7 @@ def check_like_one(one, two):
 
 
 def test_two_processes_train_like_one(one, tmp_path):
-    launch(tmp_path / "two", 2)
+    launch(tmp_path / "two", 2, plan="whole,cut")
     check_like_one(one, tmp_path / "two")
     for log_z in ("learned", "group"):
         assert len(history(tmp_path / "two" / f"{log_z}-cut")) == 3
@@ -140,10 +141,20 @@ def test_two_shards_train_like_one_process(one, tmp_path):
     assert [row["step"] for row in result.history if "loss" in row] == [1, 2, 3, 4]
 
 
-def test_sharding_needs_processes_and_whole_weights(tmp_path):
+def test_sharding_needs_processes_and_weights_that_can_be_cut(tmp_path):
     sizes = {"num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 1}
     options = {"alpha": 2.0, "fsdp": True, "output_dir": str(tmp_path), "tokenizer": tiny_tokenizer(), **sizes}
     with pytest.raises(ConfigError, match="fsdp=True shards over several processes, and this is one"):
         powerflow_fast.train(tiny_model(), ["one "], **options)
-    with pytest.raises(ConfigError, match="fsdp=True shards full fine-tuning; LoRA runs without it"):
-        check_sharding(PowerFlowConfig(fsdp=True, use_peft=True), 2)
+    policy = Policy(CausalLMScorer(tiny_model().bfloat16()), None)
+    norm = policy.scorer.model.model.norm.float()  # as models do that keep some modules in fp32
+    with pytest.raises(
+        ConfigError, match=r"fsdp=True: expected trained weights of one dtype, got bfloat16 and float32"
+    ):
+        shard(policy, policy.scorer.model, torch.device("cpu"))
+    norm.bfloat16()
+    layer = policy.scorer.model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)  # as bitsandbytes has
+    expected = r"fsdp=True: expected floating-point weights, got torch.int8 in scorer.*layers\.1\.mlp\.up_proj\.weight"
+    with pytest.raises(ConfigError, match=expected):
+        shard(policy, policy.scorer.model, torch.device("cpu"))

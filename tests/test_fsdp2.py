@@ -16,7 +16,7 @@ import torch.distributed as dist
 from powerflow_fast import LogZHead, la_tb_loss
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.packing import pad_batch
-from powerflow_fast.sharding import shard
+from powerflow_fast.sharding import assembled, shard, whole
 from powerflow_fast.update import Policy
 from tiny import ragged_ids, tiny_model
 
@@ -50,7 +50,7 @@ def gradients(wrapped, rows, scale):
 
 loss, expected = gradients(policy(), slice(0, 4), 1)
 sharded = policy()
-shard(sharded, sharded.scorer.model, torch.device("cpu"))
+shell = shard(sharded, sharded.scorer.model, torch.device("cpu"))
 weight = sharded.scorer.head.weight
 assert type(weight).__name__ == "DTensor" and weight.to_local().shape[0] < weight.shape[0], "the head is sharded"
 for _ in range(2):  # the second time, the root's weights come back from their shards
@@ -61,6 +61,15 @@ for _ in range(2):  # the second time, the root's weights come back from their s
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=5e-6, msg=name)
+model = sharded.scorer.model
+with torch.no_grad():
+    model.lm_head.weight.mul_(2)
+made, weights = assembled(shell, model, keep=rank == 0), whole(model.state_dict())
+assert (made is None) == (rank == 1)
+if made is not None:
+    assert made.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in made.state_dict().items())
+    assert (made.lm_head.weight is made.model.embed_tokens.weight) == ("tied" in sys.argv[2])
 print("equal", len(got))
 dist.destroy_process_group()
 """
