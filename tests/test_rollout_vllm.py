@@ -349,7 +349,7 @@ def test_missing_completions_are_an_error(stand_ins, monkeypatch):
 
 def test_missing_packages_and_names_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(RolloutError, match="run: pip install vllm"):
+    with pytest.raises(RolloutError, match=r"run: pip install 'vllm>=0\.16'"):
         engine(tiny_model())
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setitem(sys.modules, "trl.generation.vllm_client", None)
