@@ -202,7 +202,6 @@ class _Colocated:
                 generation_config="vllm",  # not the model's own top-k and penalties
                 seed=config.seed,
                 trust_remote_code=config.trust_remote_code,
-                skip_tokenizer_init=True,  # token ids go in and come out
             )
 
     def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -229,7 +229,6 @@ def test_colocated_engine_options(stand_ins):
         "max_num_seqs": 7,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
-        "skip_tokenizer_init": True,
     }
     assert {name: remote.options[name] for name in want} == want
 

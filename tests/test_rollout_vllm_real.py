@@ -37,6 +37,7 @@ def model_with_kernels(folder, tied):
         bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder)
 
 
