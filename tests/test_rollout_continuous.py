@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from test_rollout import HOSTILE, PROMPTS, chi_square, hostile
+from test_rollout import engine as hf_engine
 from tiny import EOS, PAD, VOCAB, one_thread, ragged_ids, tiny_model, tiny_tokenizer  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
@@ -217,8 +218,11 @@ def test_autocast_holds_in_the_engines_thread():
     assert gap.max() < 0.15 and gap.mean() < 0.03
 
 
-def test_autocast_casts_the_weights_once_a_rollout():
-    """Its copies of them are dropped with a thread's outermost context, which must not be that of one forward."""
+@pytest.mark.parametrize("make", [engine, hf_engine])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autocast_casts_the_weights_once_a_rollout(frozen, make):
+    """Its copies of them are dropped with a thread's outermost context, which must not be that of one forward; and it
+    keeps none of weights that require no gradient, such as those below a LoRA adapter."""
     casts: list[int] = []
 
     class Casts(TorchDispatchMode):
@@ -236,11 +240,15 @@ def test_autocast_casts_the_weights_once_a_rollout():
     model = tiny_model()
     head = model.lm_head
     model.lm_head = Watched(head.in_features, head.out_features, bias=False)
-    sampler = engine(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    model.requires_grad_(not frozen)
+    model.model.norm.requires_grad_(frozen)
+    sampler = make(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     for _ in range(2):
         casts.clear()
         sampler.generate(PROMPTS, seed=0)
         assert len(casts) > 3 and casts[0] == 1 and sum(casts) == 1
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert ("lm_head.weight" in trained) != frozen and ("model.norm.weight" in trained) == frozen
     casts.clear()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # no copy stays behind for the weights of later
         model.lm_head(torch.ones(1, head.in_features))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 import threading
 import types
 from contextlib import contextmanager
 
+import numpy
 import pytest
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,7 @@ from powerflow_fast.errors import ConfigError, RolloutError
 from powerflow_fast.models import CausalLMScorer, add_lora
 from powerflow_fast.packing import pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.rollout_vllm import VLLMEngine, named_weights
+from powerflow_fast.rollout_vllm import VLLMEngine, _pack_tied_heads_again, named_weights
 
 
 class Remote:
@@ -29,9 +31,9 @@ class Remote:
         self.model = tiny_model(seed=99)
         self.log = []
 
-    def load_weights(self, weights):
+    def load_weights(self, weights_iterator):
         own = dict(self.model.named_parameters())
-        for name, weight in weights:
+        for name, weight in weights_iterator:
             self.log.append(("weight", name))
             own[name].data.copy_(weight)  # a KeyError for a name that a plain checkpoint has not
 
@@ -62,15 +64,31 @@ class FakeLLM(Remote):
     def __init__(self, **options):
         super().__init__()
         self.options = options
+        self.disturb()
         FakeLLM.last = self
 
+    def disturb(self):
+        """The global state of this process, as vLLM 0.32 does."""
+        torch.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
+        torch.set_num_threads(1)
+
+    def collective_rpc(self, method, kwargs):
+        assert method == "reload_weights"  # the model's own load_weights fails in vLLM once its weights are packed
+        self.load_weights(**kwargs)
+
     def apply_model(self, function):
-        return [function(self)]
+        return [function(self.model)]
 
     def reset_prefix_cache(self):
         self.log.append(("reset", None))
+        return self.resets
+
+    resets = True
 
     def generate(self, inputs, sampling_params, use_tqdm):
+        self.disturb()
         outputs = []
         for request, params in zip(inputs, sampling_params, strict=True):
             r = self.sample(request["prompt_token_ids"], vars(params))
@@ -187,7 +205,7 @@ def test_sampling_parameters(mode, stand_ins):
     assert [p["n"] for p in sampled] == [3, 1]
     for p in sampled:
         want = {"temperature": 0.8, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        want |= {"max_tokens": 6, "logprobs": 0, "stop_token_ids": [EOS]}
+        want |= {"max_tokens": 6, "logprobs": 0, "stop_token_ids": [EOS], "ignore_eos": True}
         assert {name: p[name] for name in want} == want
     seeds = [p["seed"] for p in sampled]
     assert seeds[0] != seeds[1] and all(0 <= s < 2**31 for s in seeds)
@@ -213,6 +231,49 @@ def test_colocated_engine_options(stand_ins):
         "generation_config": "vllm",
     }
     assert {name: remote.options[name] for name in want} == want
+
+
+def test_the_process_that_the_engine_shares_stays_as_it_was(stand_ins):
+    def state():
+        return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        before = state()
+        sampler, _ = engine(tiny_model())
+        sampler.sync(0)
+        sampler.generate(PROMPTS, seed=0)
+        assert state() == before and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_output_layer_that_is_tied_is_packed_again_on_a_cpu():
+    class Packed(torch.nn.Module):  # as vLLM's layers: the weight, and what a CPU multiplies by
+        def __init__(self, weight):
+            super().__init__()
+            self.weight, self.quant_method = weight, self
+
+        def process_weights_after_loading(self, layer):
+            layer.packed = layer.weight.detach().clone()
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    model = torch.nn.Sequential(Packed(weight), Packed(weight), Packed(torch.nn.Parameter(torch.zeros(2))))
+    for layer in model:
+        layer.process_weights_after_loading(layer)
+    weight.data.fill_(1)
+    _pack_tied_heads_again(model)
+    assert [layer.packed.tolist() for layer in model] == [[1, 1], [1, 1], [0, 0]]
+
+
+def test_a_prefix_cache_that_stays_is_an_error(stand_ins, monkeypatch):
+    sampler, remote = engine(tiny_model())
+    monkeypatch.setattr(remote, "resets", False)
+    with pytest.raises(RolloutError, match="prefix cache of older weights"):
+        sampler.sync(0)
+    with pytest.raises(RolloutError, match="sending them failed"):
+        sampler.generate(PROMPTS, seed=0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -260,7 +321,7 @@ def test_failed_sending_leaves_no_version(stand_ins, monkeypatch):
     sampler, remote = engine(tiny_model())
     sampler.sync(0)
 
-    def fail(weights):
+    def fail(weights_iterator):
         raise OSError("link down")
 
     monkeypatch.setattr(remote, "load_weights", fail)
@@ -287,7 +348,7 @@ def test_missing_completions_are_an_error(stand_ins, monkeypatch):
 
 def test_missing_packages_and_names_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(RolloutError, match="run: pip install vllm"):
+    with pytest.raises(RolloutError, match=r"run: pip install 'vllm>=0\.16'"):
         engine(tiny_model())
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setitem(sys.modules, "trl.generation.vllm_client", None)
