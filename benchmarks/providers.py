@@ -32,6 +32,8 @@ class Provider:
     backend: str | None = None
     warm_whole: bool = False
     """Warming up on a few rows would compile for the wrong shape."""
+    own_memory: bool = True
+    """What it takes is seen in this process."""
 
     @property
     def kind(self) -> str:

@@ -205,12 +205,14 @@ def measure_case(case: Case, options: argparse.Namespace, device: torch.device) 
         row |= {"status": "ok", **timing.summary()}
         if wrong := outside_limits(row, rows.get("naive", {})):
             row |= {"status": "wrong", "error": "; ".join(wrong)}
-    measured = []
+    own_memory, measured = {p.name: p.own_memory for p in providers}, []
     for name, row in rows.items():
         if row["status"] == "error" or row["kind"] == "floor":
             continue
         if device.type == "cpu" and row["ms_p50"] > options.slow * 1e3:
             row |= {"peak_extra_mib": None, "peak_error": "a step this slow is run once, for its time"}
+        elif not own_memory[name]:
+            row |= {"peak_extra_mib": None, "peak_error": "its memory is another process's"}
         else:
             measured.append(name)
     if device.type == "cuda":
