@@ -46,6 +46,7 @@ SUITES: dict[str, list[Case]] = {
     "cpu-n": [HeadCase(n, *CPU_SHAPES[1][1:], dtype="fp32") for n in (256, 512, 1024, 2048, 4096)],
     "cpu-v": [HeadCase(1024, v, 576, dtype="fp32") for v in (8192, 16384, 32768, 65536, 131072)],
     "cpu-update": [UpdateCase("SmolLM2-135M", dtype, sequences=16, prompt=32, completion=128) for dtype in CPU_DTYPES],
+    "cpu-packing": [UpdateCase("SmolLM2-135M", dtype, sequences=16, prompt=4, completion=160) for dtype in CPU_DTYPES],
     "cpu-rollout": [
         RolloutCase("SmolLM2-135M", "bf16", requests, places, prompt=32, completion=128)
         for requests, places in ((32, 32), (32, 8), (128, 32))
