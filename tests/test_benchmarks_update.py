@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -92,19 +93,21 @@ def test_trl_scores_the_same_tokens(dtype, tmp_path):
     assert state["step"] == 2 and state["exp_avg"].any()  # its gradient reaches the policy that all share
 
 
-def test_engines_sample_every_request():
+@pytest.mark.parametrize("provider", ROLLOUT_PROVIDERS, ids=lambda provider: provider.name)
+def test_engines_sample_every_request(provider):
     case = SUITES["cpu-rollout"][0].tiny()
+    if provider.name == "powerflow_fast vllm":
+        pytest.importorskip("vllm")
+        # it has no kernel for heads of 16
+        case = dataclasses.replace(case, model="SmolLM2-135M")
     inputs = rollout_inputs(case, CPU)
-    for provider in ROLLOUT_PROVIDERS:
-        step = rollout_step(provider, case, inputs)
-        lengths, tokens = step()
-        assert len(lengths) == case.requests and lengths.min() >= 1 and lengths.max() <= case.completion
-        ends = tokens[lengths.cumsum(0) - 1]
-        assert all(
-            length == case.completion or end in inputs.eos_ids for length, end in zip(lengths, ends, strict=True)
-        )
-        assert rollout_errors((lengths, tokens), inputs, None) == {"tokens": len(tokens), "longest": lengths.max()}
-        assert all(torch.equal(a, b) for a, b in zip(step(), (lengths, tokens), strict=True))
+    step = rollout_step(provider, case, inputs)
+    lengths, tokens = step()
+    assert len(lengths) == case.requests and lengths.min() >= 1 and lengths.max() <= case.completion
+    ends = tokens[lengths.cumsum(0) - 1]
+    assert all(length == case.completion or end in inputs.eos_ids for length, end in zip(lengths, ends, strict=True))
+    assert rollout_errors((lengths, tokens), inputs, None) == {"tokens": len(tokens), "longest": lengths.max()}
+    assert all(torch.equal(a, b) for a, b in zip(step(), (lengths, tokens), strict=True))
 
 
 def test_sizes():
