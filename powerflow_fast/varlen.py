@@ -6,8 +6,10 @@ passes to an attention is enough: positions that begin at 0 in each sequence.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,12 @@ VARLEN = "powerflow_varlen"
 """Its name for ``model.set_attn_implementation``, after `register_varlen`."""
 
 
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of them; every layer of every forward pass asks."""
+    return frozenset(inspect.signature(function).parameters)
+
+
 def varlen_available(config: Any) -> bool:
     """Whether this torch's kernel takes a causal window, and a model of this config asks for no more: no softcap, no
     attention in chunks."""
@@ -26,7 +34,7 @@ def varlen_available(config: Any) -> bool:
         from torch.nn.attention import varlen
     except ImportError:
         return False
-    if not {"window_size", "scale"} <= set(inspect.signature(varlen.varlen_attn).parameters):
+    if not {"window_size", "scale"} <= _parameters(varlen.varlen_attn):
         return False
     kinds = set(getattr(config, "layer_types", None) or ())
     softcap = getattr(config, "attn_logit_softcapping", None)
@@ -115,7 +123,7 @@ def varlen_attention(
     packed = [x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value)]
     options = {}
     if (group := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if "enable_gqa" in _parameters(varlen_attn):
             options["enable_gqa"] = True
         else:  # torch 2.11
             packed[1:] = [x.repeat_interleave(group, 1) for x in packed[1:]]

@@ -50,9 +50,8 @@ def test_break_even_is_where_attention_costs_as_much_as_the_weights():
             model.model(input_ids=torch.ones(1, length, dtype=torch.int64), use_cache=False)
         flop[length] = counter.get_total_flops() / length
     per_pair = (flop[32] - flop[8]) / (32 - 8)
-    assert break_even(model, "sdpa") == pytest.approx(
-        (flop[8] - 8 * per_pair) / per_pair, rel=2e-3
-    )  # some count rotations
+    counted = (flop[8] - 8 * per_pair) / per_pair  # with the rotations, in some releases of torch: a thousandth
+    assert break_even(model, "sdpa") == pytest.approx(counted, rel=2e-3)
     assert break_even(add_lora(tiny_model("gpt2"), r=1), "eager") > 0
     assert break_even(model, "flash_attention_2") is None
 
