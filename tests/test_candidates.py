@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,20 +15,19 @@ import torch
 pytest.importorskip("triton")
 CANDIDATES = Path(__file__).resolve().parents[1] / "benchmarks" / "candidates"
 sys.path.append(str(CANDIDATES))
+MODULES = ("persistent", "gluon_sm90")
 MARK = 7.0
 
 
 def compile_all() -> list[dict]:
     """One record per kernel and variant for sm_90; runs in a process of its own, where Triton is not interpreting."""
-    import gluon_sm90
-    import persistent
     import test_compile_gate
 
     return test_compile_gate.compile_launches(
         90,
         {
             f"{kernel} {variant}": (launch_candidate, module, kernel, variant)
-            for module in (persistent, gluon_sm90)
+            for module in map(importlib.import_module, MODULES)
             for variant in module.PLANS
             for kernel in ("rest", "exp")
         },
@@ -54,6 +54,7 @@ def test_they_compile_for_hopper_without_a_spill(tmp_path):
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     records = [r for r in json.loads(done.stdout.splitlines()[-1]) if r["kernel"] != "_active_tiles_kernel"]
+    assert len(records) == 2 * sum(1 for module in MODULES for _ in importlib.import_module(module).PLANS)
     for record in records:
         print(record)
         assert record["stack"] + record["STL"] + record["LDL"] == 0, record

@@ -39,7 +39,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import triton
-import triton.language as tl
+from active_tiles import TILE_N, active_tiles
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -53,7 +53,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until triton 3.6, and since
-TILE_N = 128  # rows of a tile in every variant
 BLOCK_H = 64  # depth of a stage: 128 bytes, the copy engine's and wgmma's widest swizzle
 
 
@@ -76,20 +75,6 @@ PLANS = {
     "staggered3": Plan(256, 4, False, 3),
     "turns": Plan(128, 6, True, 0),
 }
-
-
-@triton.jit(do_not_specialize=["N"])
-def _active_tiles_kernel(p_active, o_tiles, N, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr):
-    """``o_tiles``: the number of row tiles with an active row, then their indices in order. One program."""
-    count = 0
-    for first in range(0, tl.cdiv(N, BLOCK_N), BLOCKS):
-        tile = first + tl.arange(0, BLOCKS)
-        n = tile[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        some = tl.max(tl.load(p_active + n, mask=n < N, other=0), axis=1) != 0
-        rank = tl.cumsum(some.to(tl.int32), axis=0)
-        tl.store(o_tiles + count + rank, tile, mask=some)
-        count += tl.sum(some.to(tl.int32), axis=0)
-    tl.store(o_tiles, count)
 
 
 @gluon.jit
@@ -407,15 +392,6 @@ def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor of ``rows x columns`` boxes of bfloat16; reading, a box is 0 outside of ``x``; writing, cut off."""
     layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
-
-
-def active_tiles(active: Tensor) -> Tensor:
-    """``_active_tiles_kernel``'s list."""
-    n = active.shape[0]
-    blocks = triton.cdiv(n, TILE_N)
-    tiles = active.new_empty(1 + blocks)
-    _active_tiles_kernel[(1,)](active, tiles, n, BLOCK_N=TILE_N, BLOCKS=64, num_warps=8)
-    return tiles
 
 
 def _operands(hidden: Tensor, weight: Tensor, plan: Plan) -> tuple[TensorDescriptor, TensorDescriptor]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import gluon_sm90
 import triton
 import triton.language as tl
+from active_tiles import active_tiles
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -133,7 +133,7 @@ def rest_tiles(
     """As `gluon_sm90.rest_tiles`."""
     (n, h), v, plan = hidden.shape, weight.shape[0], PLANS[variant]
     operands = _box(hidden, plan.block_n, plan.block_h), _box(weight, plan.block_v, plan.block_h)
-    rows = gluon_sm90.active_tiles(active)
+    rows = active_tiles(active)
     arguments = (*operands, labels, rows, partial, n, v, h, partial.stride(0), pre)
     _launch(_rest_tiles_kernel, plan, arguments, n, v, num_sms=num_sms, group=group)
 
@@ -145,6 +145,6 @@ def exp_tiles(
     """As `gluon_sm90.exp_tiles`."""
     (n, h), v, plan = hidden.shape, weight.shape[0], PLANS[variant]
     operands = _box(hidden, plan.block_n, plan.block_h), _box(weight, plan.block_v, plan.block_h)
-    rows = gluon_sm90.active_tiles(active)
+    rows = active_tiles(active)
     arguments = (*operands, labels, active, anchor, rows, exps, partial, n, v, h, partial.stride(0))
     _launch(_exp_tiles_kernel, plan, (*arguments, exps.stride(0), pre), n, v, num_sms=num_sms, group=group)
