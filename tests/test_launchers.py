@@ -76,8 +76,9 @@ def stderr(process):
         (ACCELERATE, []),
         (TORCHRUN, ["--fsdp", "--dtype=bfloat16"]),
         (TORCHRUN, ["--fsdp", "--use_peft", "--activation_checkpointing"]),
+        (TORCHRUN, ["--fsdp", "--use_peft", "--dtype=float32", "--bf16=true"]),  # rollouts cast frozen weights once
     ],
-    ids=["torchrun", "accelerate", "sharded-bfloat16", "sharded-lora"],
+    ids=["torchrun", "accelerate", "sharded-bfloat16", "sharded-lora", "sharded-lora-autocast"],
 )
 def test_the_command_line_runs_under_a_launcher(tmp_path, launcher, flags):
     # An adapter is fp32 beside weights as they are stored.
