@@ -5,6 +5,7 @@
 #
 # Needs a python3 (or $PYTHON) with torch for CUDA, triton, pytest and pytest-timeout (with pytest-xdist the tests take
 # a fraction of the time); the suite gpu-update needs transformers and accelerate too, and its TRL provider datasets.
+# A wheel is taken as it is: build it anew after a change.
 # Installs the wheel (default: the newest of dist/, or one built here) and the wheels of peers in FOLDER with --no-deps
 # into folders under build/, so that the machine's packages stay as they are. Then:
 #
