@@ -92,10 +92,11 @@ def test_more_sequences_than_blocks_and_one_long_one(poisoned_memory):
 def test_one_launch_and_no_host_sync():
     inputs, options = make_batch([100, 0, 400])
     inputs, options = on_gpu(inputs), {k: v.cuda() for k, v in options.items()}
-    la_tb_loss(**inputs, **options, alpha=4.0)
+    loss_and_gradients(inputs, **options, alpha=4.0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        loss_and_gradients(inputs, **options, alpha=4.0)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             la_tb_loss(**inputs, **options, alpha=4.0)
             torch.cuda.set_sync_debug_mode("default")
