@@ -1,88 +1,120 @@
 #!/usr/bin/env bash
-# The GPU suites in one command, on a machine without a network that is had for minutes:
+# A GPU machine that is had for minutes and has no network: install, test and measure in one call.
 #
-#   OUT=folder bash benchmarks/gpu.sh [--check] [--wheel FILE] [--peers FOLDER] [--rehearse] [arguments of run.py ...]
+#   OUT=folder bash benchmarks/gpu.sh call1|call2|PART ... [--carry FOLDER] [--commit HASH] [--rehearse] [--run "..."]
 #
-# Needs a python3 (or $PYTHON) with torch for CUDA, triton, pytest and pytest-timeout (with pytest-xdist the tests take
-# a fraction of the time); the suite gpu-update needs transformers and accelerate too, and its TRL provider datasets.
-# A wheel is taken as it is: build it anew after a change.
-# Installs the wheel (default: the newest of dist/, or one built here) and the wheels of peers in FOLDER with --no-deps
-# into folders under build/, so that the machine's packages stay as they are. Then:
+# Needs a python3 (or $PYTHON) with torch for CUDA, triton, pytest, pytest-timeout and pytest-xdist; the parts that
+# train need transformers and accelerate. FOLDER (default .carry, `prepare_gpu.sh` makes it) has the package's wheel,
+# wheels of peers, archives, and maybe the triton-cache.tgz of an earlier visit. Everything is installed into folders
+# under build/: the machine's own packages stay as they are. Archives stay unpacked for the next call, so that what is
+# too large for one can come in two: a call without a wheel unpacks and ends.
 #
-#   --check  what a first visit needs to know: tests/gpu, the trainer's tests on the device, the candidate kernels
-#            against the library's, and each suite's first case once, with what every provider's first call costs
-#   else     run.py: the tests of each operation, and the suites `gpu gpu-loss la-tb gpu-update gpu-n gpu-rollout` if
-#            none are named, each stopped after --time-limit seconds (default 70; a case that has begun is finished)
+#   call1   what a first visit must know: products, tests on the device, kernel by kernel times, first headlines,
+#           the Hopper tile kernels beside Triton's
+#   call2   what is published: the suites with all peers, an update of a whole model, tests of the trainer
 #
-# JSONL rows and logs go to $OUT (default build/gpu-out); the last lines are a short table. --rehearse does all that on
-# a CPU with tiny shapes and measures nothing.
+# Each part has its own time limit: a part that hangs costs no other. Rows, logs and the Triton cache come back as two
+# archives in $OUT, whatever happens; the last lines are a table of the parts and a summary of the rows. --rehearse does
+# all that on a CPU with tiny shapes and measures nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-wheel="" peers="" check="" rehearse="" arguments=()
+carry=.carry commit="" rehearse="" extra="" parts=()
 while (($#)); do
   case "$1" in
-    --check) check=1; shift ;;
-    --wheel) wheel="$2"; shift 2 ;;
-    --peers) peers="$2"; shift 2 ;;
-    --rehearse) rehearse=1; arguments+=(--rehearse --limit 1 --min-reps 2 --max-reps 2); shift ;;
-    *) arguments+=("$1"); shift ;;
+    --carry) carry="$2"; shift 2 ;;
+    --commit) commit="$2"; shift 2 ;;
+    --run) extra="$2"; shift 2 ;; # more arguments of run.py
+    --rehearse) rehearse=1; shift ;;
+    call1) parts+=(products tests kernels headlines tiles); shift ;;
+    call2) parts+=(tests suites la-tb update kernels sweeps trainer); shift ;;
+    *) parts+=("$1"); shift ;;
   esac
 done
 python="${PYTHON:-python3}"
 OUT="${OUT:-build/gpu-out}"
-site=build/gpu-site
-rm -rf "$site" && mkdir -p "$OUT" "$site/own" "$site/peers"
+site=build/gpu-site work=build/gpu-work kept=$PWD/build/gpu-kept
+rm -rf "$site" "$work" && mkdir -p "$OUT" "$site/own" "$site/peers" "$work"/{rows,tables,trainer}
+export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$PWD/build/triton-cache"
+mkdir -p "$TRITON_CACHE_DIR"
+report=()
 
-install() { # install FOLDER WHAT
+finish() {
+  printf '%s\n' "" "${report[@]}"
+  "$python" benchmarks/render.py --results "$work/rows" --summary 2>&1 | cut -c1-420
+  tar -C "$work" -czf "$OUT/results.tgz" . 
+  tar -C "$TRITON_CACHE_DIR" -czf "$OUT/triton-cache.tgz" . 
+}
+
+part() { # part NAME SECONDS LINES COMMAND ...: at most SECONDS; the log's last LINES lines are shown
+  local name="$1" limit="$2" lines="$3" start=$SECONDS status
+  shift 3
+  timeout --kill-after=5 "$limit" "$@" >"$work/$name.log" 2>&1
+  status=$?
+  report+=("$(printf '%-12s exit %-4s %4s s of %s' "$name" "$status" "$((SECONDS - start))" "$limit")")
+  echo "== [$SECONDS s] ${report[-1]}"
+  tail -n "$lines" "$work/$name.log" | cut -c1-220
+}
+
+install() { # install FOLDER FILE ...
+  local target="$1"; shift
   "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --no-compile \
-    --upgrade --target "$1" "$2" >>"$OUT/install.log" 2>&1
+    --no-cache-dir --upgrade --target "$target" "$@"
 }
 
-say() { echo "[$SECONDS s] $*"; }
-
-run_tests() { # run_tests LOG ARGUMENT ...; not `python -m pytest`: kernels/ would shadow a package of that name
-  local log="$1"; shift
+tests() { # tests ARGUMENT ...; not `python -m pytest`: kernels/ would shadow a package of that name
+  local workers=()
+  [[ -n "$rehearse" ]] || workers=(-n 12)
   "$python" -c "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))" \
-    -q -p no:cacheprovider "${workers[@]}" "$@" >"$OUT/$log" 2>&1
-  say "$log: $(tail -n 1 "$OUT/$log")"
-  grep -E "^(FAILED|ERROR)" "$OUT/$log" | cut -c1-160 | head -n 20
+    -q -p no:cacheprovider --timeout 60 --no-header "${workers[@]}" --junitxml "$work/tests.xml" "$@"
 }
 
-[[ -n "$wheel" ]] || wheel="$(ls -t dist/powerflow_fast-*.whl 2>/dev/null | head -n 1)"
-say "installing ${wheel:-a wheel built from this folder}"
-if ! install "$site/own" "${wheel:-.}"; then
-  tail -n 30 "$OUT/install.log"
+run() { # run ARGUMENT ... of run.py
+  local options=(--peers "$site/peers" --out "$work/rows")
+  if [[ -f "$work/tests.xml" ]]; then options+=(--tests-report "$work/tests.xml"); else options+=(--skip-tests); fi
+  [[ -z "$commit" ]] || options+=(--commit "$commit")
+  [[ -z "$rehearse" ]] || options+=(--rehearse --min-reps 2 --max-reps 2)
+  # shellcheck disable=SC2086
+  "$python" benchmarks/run.py "${options[@]}" "$@" $extra
+}
+export -f tests run
+export python rehearse commit extra site work
+
+for archive in "$carry"/{first,second}/*.tar.xz; do
+  [[ ! -f "$archive" ]] || { mkdir -p "$kept" && tar -C "$kept" -xJf "$archive" && echo "[$SECONDS s] unpacked $archive"; }
+done
+compgen -G "$carry/powerflow_fast-*.whl" >/dev/null || exit 0
+trap finish EXIT
+if ! install "$site/own" "$carry"/powerflow_fast-*.whl >"$work/install.log" 2>&1; then
+  tail -n 30 "$work/install.log"
   exit 1
 fi
-if [[ -n "$peers" ]]; then
-  for file in "$peers"/*.whl; do # one by one: a wheel that doesn't fit leaves the others
-    install "$site/peers" "$file" || echo "not installed: $(basename "$file"), see install.log"
-  done
-fi
-
-export PYTHONUNBUFFERED=1
-export PYTHONPATH="$PWD/$site/own${PYTHONPATH:+:$PYTHONPATH}" # the installed package, not this checkout's folder
-workers=()
-"$python" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) > 8 ? 8 : $(nproc)))")
-named=""
-for argument in ${arguments[@]+"${arguments[@]}"}; do
-  case "$argument" in gpu | gpu-* | cpu | cpu-* | la-tb) named=1 ;; esac
+for file in "$carry"/peers/*.whl; do # one by one: a wheel that doesn't fit leaves the others
+  install "$site/peers" "$file" >>"$work/install.log" 2>&1 || echo "not installed: $(basename "$file")"
 done
+[[ ! -f "$carry/triton-cache.tgz" ]] || tar -C "$TRITON_CACHE_DIR" -xzf "$carry/triton-cache.tgz"
+# the installed package, not this checkout's folder; the DSL's own .pth adds the second of its folders
+export PYTHONPATH="$PWD/$site/own:$kept:$kept/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}"
+echo "[$SECONDS s] installed; $("$python" -c 'import torch, triton; print(torch.__version__, triton.__version__)')"
+[[ -n "$rehearse" ]] || nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit,memory.total --format=csv,noheader
 
-if [[ -n "$check" ]]; then
-  [[ -n "$named" ]] || arguments=(la-tb gpu-update gpu gpu-loss gpu-rollout ${arguments[@]+"${arguments[@]}"})
-  run_tests tests-gpu.log tests/gpu
-  run_tests tests-trainer.log tests/test_{trainer,resume,update,packing,self_check,models,optim,checkpoint}.py \
-    tests/test_{rollout,rollout_continuous,liger,out_of_memory,logprobs,linear_la_tb,quantization}.py
-  [[ -n "$rehearse" ]] || "$python" benchmarks/candidates/check.py --out "$OUT" 2>&1 | tee "$OUT/candidates.log" | tail -n 40
-  arguments+=(--skip-tests --limit 1 --min-reps 1 --max-reps 2 --budget 1)
-else
-  [[ -n "$named" ]] || arguments=(gpu gpu-loss la-tb gpu-update gpu-n gpu-rollout ${arguments[@]+"${arguments[@]}"})
-  arguments=(--budget 2 --time-limit 70 "${arguments[@]}") # what is named twice counts as it is named last
-fi
-"$python" benchmarks/run.py --peers "$site/peers" --out "$OUT" "${arguments[@]}" 2>&1 | tee "$OUT/run.log"
-status=${PIPESTATUS[0]}
-"$python" benchmarks/render.py --results "$OUT" --summary
-say "run.py: exit $status"
-exit "$status"
+few="powerflow_fast,powerflow_fast one pass,powerflow_fast composed,naive,gemm,trl chunked,liger scaled CE"
+few+=",cut-cross-entropy exact,eager packed,eager padded,unsloth fused"
+for name in "${parts[@]}"; do
+  case "$name" in
+    products) part products 30 120 "$python" benchmarks/product_rates.py --out "$work/tables" ;;
+    tests) part tests 80 40 bash -c 'tests tests/gpu' ;;
+    kernels) part kernels 45 130 "$python" benchmarks/kernel_times.py --out "$work/tables" ;;
+    tiles) part tiles 65 60 "$python" benchmarks/candidates/check.py --out "$work/tables" \
+      --variants staggered shared "loop 128x256" ;;
+    headlines)
+      IFS=, read -ra names <<<"$few"
+      part headlines 60 60 bash -c 'run gpu gpu-loss la-tb --limit 3 --budget 0.4 --time-limit 20 --providers "$@"' _ "${names[@]}" ;;
+    suites) part suites 180 80 bash -c 'run gpu gpu-loss --budget 1 --time-limit 80 --without "naive compiled"' ;;
+    la-tb) part la-tb 40 30 bash -c 'run la-tb --budget 1' ;;
+    update) part update 90 30 bash -c 'run gpu-update --budget 10 --max-reps 3 --time-limit 60' ;;
+    sweeps) part sweeps 60 60 bash -c 'run gpu-n --budget 0.5 --time-limit 40 --without "naive compiled" "verl triton"' ;;
+    trainer) part trainer 60 30 bash -c 'work=$work/trainer tests tests/test_{trainer,resume,update,packing,self_check,models,checkpoint}.py' ;;
+    *) echo "no such part: $name" ;;
+  esac
+done

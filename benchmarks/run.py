@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -59,6 +60,22 @@ def tested_ops(ops: set[str], device: torch.device) -> set[str]:
             if tuple(arguments) not in passed:
                 passed[tuple(arguments)] = tests_pass(arguments, device)
     return {op for op in ops if all(passed[tuple(arguments)] for arguments in OPERATIONS[op].tests[device.type])}
+
+
+def reported_ops(ops: set[str], device: torch.device, report: Path) -> set[str]:
+    """The operations whose test files ``report``, a JUnit file of a run on this device, has passed: all that it has of
+    a file, and something."""
+    good: dict[str, bool] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcomes = {child.tag for child in case}
+        module = case.get("classname", "")
+        if outcomes & {"failure", "error"}:
+            good[module] = False
+        elif "skipped" not in outcomes:
+            good.setdefault(module, True)
+    files = {op: [file for run in OPERATIONS[op].tests[device.type] for file in run] for op in ops}
+    modules = {op: [file.removesuffix(".py").replace("/", ".") for file in files[op]] for op in ops}
+    return {op for op in ops if all(good.get(module, False) for module in modules[op])}
 
 
 def warm_step(provider: Provider, case: Case, inputs, device: torch.device):
@@ -291,6 +308,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--commit", help="of a copy that has no .git")
     parser.add_argument("--skip-tests", action="store_true", help="for development; every row says so")
+    parser.add_argument("--tests-report", type=Path, help="JUnit file of a run of the tests, instead of running them")
     parser.add_argument("--limit", type=int, help="only the first so many cases of each suite")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes: tries the machinery, measures nothing")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
@@ -316,7 +334,12 @@ def main(argv: list[str] | None = None) -> int:
     suites = options.suites or ["cpu" if device.type == "cpu" else "gpu", "la-tb"]
     options.out.mkdir(parents=True, exist_ok=True)
     ops = {SUITES[name][0].op for name in suites}
-    tested = ops if options.skip_tests else tested_ops(ops, device)
+    if options.skip_tests:
+        tested = ops
+    elif options.tests_report:
+        tested = reported_ops(ops, device, options.tests_report)
+    else:
+        tested = tested_ops(ops, device)
     right = True
     for name in suites:
         if SUITES[name][0].op in tested:

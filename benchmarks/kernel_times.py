@@ -1,0 +1,86 @@
+"""Where the time of our passes goes, kernel by kernel, on a CUDA device:
+
+    python benchmarks/kernel_times.py [--out FOLDER] [--heads 2] [--l2 hot]
+
+Each mode of the head (no_grad, frozen, full) and the one-pass loss runs a few times under torch.profiler; a line per
+kernel has its launches and milliseconds a step, beside the step's own time by events and the bare products'. What the
+kernels leave of the step is launches and gaps. Rows go to ``FOLDER/kernel-times.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from head_case import HeadCase, head_inputs  # noqa: E402
+from head_peers import HEAD_PROVIDERS, head_step  # noqa: E402
+from loss_case import LossCase, loss_inputs  # noqa: E402
+from loss_peers import OURS, loss_step  # noqa: E402
+from product_rates import median_ms  # noqa: E402
+from suites import GPU_HEADS  # noqa: E402
+
+N = 8192
+STEPS = 3
+HEAD = next(p for p in HEAD_PROVIDERS if p.name == "powerflow_fast")
+FLOOR = next(p for p in HEAD_PROVIDERS if p.name == "gemm")
+ONE_PASS = next(p for p in OURS if p.name == "powerflow_fast one pass")
+
+
+def kernels_of(step) -> dict[str, tuple[float, float]]:
+    """Milliseconds and launches a step, by kernel; empty where the profiler sees no device."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name].append(event.device_time_total / 1e3)
+    return {name: (sum(times) / STEPS, len(times) / STEPS) for name, times in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--heads", type=int, default=len(GPU_HEADS), help="only the first so many heads")
+    parser.add_argument("--modes", nargs="+", default=["no_grad", "frozen", "full", "one pass"])
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda")
+    with open(options.out / "kernel-times.jsonl", "w", encoding="utf-8") as file:
+        for v, h in GPU_HEADS[: options.heads]:
+            for mode in options.modes:
+                if mode == "one pass":
+                    case = LossCase(N, v, h, b=16)
+                    inputs = loss_inputs(case, device)
+                    step, floor = loss_step(ONE_PASS, case, inputs), loss_step(FLOOR, case, inputs)
+                else:
+                    case = HeadCase(N, v, h, mode=mode)
+                    inputs = head_inputs(case, device)
+                    step, floor = head_step(HEAD, case, inputs), head_step(FLOOR, case, inputs)
+                bare = median_ms(floor, 7)
+                ms = median_ms(step, 7)
+                kernels = kernels_of(step)
+                busy = sum(time for time, _ in kernels.values())
+                row = {"device": torch.cuda.get_device_name(), "n": N, "v": v, "h": h, "mode": mode, "ms": round(ms, 4)}
+                row |= {"products_ms": round(bare, 4)}
+                row["kernels"] = {name: [round(x, 5) for x in times] for name, times in kernels.items()}
+                file.write(json.dumps(row) + "\n")
+                print(f"{v} x {h} {mode}: {ms:.3f} ms, {ms / bare:.3f} of products {bare:.3f}; kernels {busy:.3f} ms")
+                for name, (time, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:9]:
+                    print(f"    {time:>9.4f} ms x{count:<5.1f} {name[:100]}")
+                sys.stdout.flush()
+                del inputs, step, floor
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
