@@ -20,6 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from powerflow_fast.kernels.types import LogitTransform
 
 SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a gradient needs at a time
+# Whether sm_90 runs the kernels of hopper_tiles where those can stand in for the Triton tile kernels. Off until a GPU
+# has shown them right and faster (benchmarks/candidates/check.py).
+HOPPER_TILES = False
 SCRATCH_ROWS = 8192  # rows per forward launch: bounds the gathered rows and the partial sums; 64 row tiles fill any GPU
 
 
@@ -66,6 +69,16 @@ def tile_for(dtype: torch.dtype, capability: tuple[int, int] | None, *, heavy: b
     if capability[0] in (9, 10):
         return Tile(128, 128 if heavy else 256, 64, 8, 4, True)
     return Tile(128, 128 if heavy else 256, 32, 8, 4, False)  # within the 99 KB of shared memory of sm_86, 89 and 120
+
+
+def hopper_tiles_for(hidden: Tensor, bias: Tensor | None, transform: LogitTransform, *, stats: bool = False):
+    """The module hopper_tiles where its kernels are to run (`HOPPER_TILES`), else None. Gluon is experimental: only
+    they load it."""
+    if not HOPPER_TILES:
+        return None
+    from . import hopper_tiles
+
+    return hopper_tiles if hopper_tiles.supported(hidden, bias, transform, stats=stats) else None
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

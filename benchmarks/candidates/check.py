@@ -1,10 +1,11 @@
-"""Checks candidate tile kernels against those of the library and times both, on an sm_90 GPU:
+"""Checks Hopper's own tile kernels against the library's Triton ones and times both, on an sm_90 GPU:
 
-    python benchmarks/candidates/check.py [--variants NAME ...] [--groups 8 32] [--seed 1] [--out FOLDER]
+    python benchmarks/candidates/check.py [--quick] [--staggers 2 3] [--groups 8 32] [--seed 1] [--out FOLDER]
 
-Each variant must give the library's numbers, leave alone what it must, and repeat its bits, at awkward shapes and at
-the one that is timed; only then is it timed. The table comes last, rows go to ``FOLDER/tile-kernels.jsonl``. A kernel
-that does not come back within seconds is named, left out, and the others go on in a new process.
+Each use (``rest``, ``exp``, ``grad``) at each stagger must give the library's numbers, leave alone what it must, and
+repeat its bits, at awkward shapes and at those that are timed; only then is it timed. The table comes last, rows go to
+``FOLDER/tile-kernels.jsonl``. A kernel that does not come back within seconds is named, left out, and the others go on
+in a new process. ``--quick`` times one shape.
 """
 
 from __future__ import annotations
@@ -17,23 +18,29 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-import gluon_sm90
-import persistent
 import torch
 import triton
 
 import powerflow_fast  # noqa: F401  (mounts the kernels)
-from powerflow_fast.kernels import launch, linear_logprob_fwd
+from powerflow_fast.kernels import hopper_tiles, launch, linear_logprob_bwd, linear_logprob_fwd
+from powerflow_fast.kernels.active_tiles import active_tiles
 
-GROUP = 16
+KINDS = ("rest", "exp", "grad")
 PRE = 0.9
 MARK = 7.0  # what outputs hold before a launch
 HUNG = 3  # exit code
+AWKWARD = (
+    (777, 50257, 576, 0.1, torch.bfloat16),
+    (777, 50257, 264, 0.1, torch.bfloat16),
+    (130, 513, 330, 0.0, torch.bfloat16),
+    (300, 1000, 64, 0.5, torch.float16),
+    (1, 7, 264, 0.0, torch.bfloat16),
+)
 SHAPES = ((151936, 1536), (128256, 4096), (49152, 576))
-VARIANTS = {**{name: persistent for name in persistent.PLANS}, **{name: gluon_sm90 for name in gluon_sm90.PLANS}}
 START = time.time()
 
 
@@ -53,112 +60,145 @@ def finish(what: str, limit: float = 5.0) -> None:
         time.sleep(0.001)
 
 
+def largest(x: torch.Tensor) -> float:
+    """The largest element, NaN if there is one; 0 of none."""
+    return float(x.max()) if x.numel() else 0.0
+
+
 def worse(a: float, b: float) -> float:
     """The larger one, or the one that is no number."""
     return a if b <= a or a != a else b
 
 
 class Case:
-    """Inputs of one shape, and launches of the library's kernels and of the candidates."""
+    """Inputs of one shape, and launches of the library's kernels and of Hopper's own."""
 
-    def __init__(self, n: int, v: int, h: int, idle: float):
-        self.n, self.v, self.h = n, v, h
-        self.num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    def __init__(self, n: int, v: int, h: int, idle: float, dtype: torch.dtype = torch.bfloat16):
+        self.n, self.v, self.h, self.dtype = n, v, h, dtype
+        self.sms = torch.cuda.get_device_properties(0).multi_processor_count
         h_stride, self.width = -(-h // 8) * 8, -(-v // 16) * 16
-        self.x = torch.randn(n, h_stride, device="cuda").bfloat16()[:, :h]
-        self.w = (torch.randn(v, h_stride, device="cuda") * (4 / h**0.5)).bfloat16()[:, :h]
+        self.x = torch.randn(n, h_stride, device="cuda").to(dtype)[:, :h]
+        self.w = (torch.randn(v, h_stride, device="cuda") * (4 / h**0.5)).to(dtype)[:, :h]
         self.labels = torch.randint(v, (n,), device="cuda")
         self.active = torch.ones(n, dtype=torch.int32, device="cuda")
         if idle:
             self.active[torch.rand(n, device="cuda") < idle] = 0
             self.active[256:384] = 0  # one row tile is skipped, another one has no inactive row
             self.active[:128] = 1
-        self.labels[self.active == 0] = -100
+        self.set_active()
         label = self.labels.clamp(min=0)
         own = zip(self.x.split(1024), label.split(1024), strict=True)
         self.anchor = torch.cat([(a.float() * self.w[b].float()).sum(1) for a, b in own]).mul_(PRE)
+        if dtype == torch.float16:
+            self.anchor.fill_(8.0)  # within its range
         self.tile = launch.choose_tile(self.x, heavy=False)
+        partial, _ = self.outputs("rest")
+        self.library("rest", partial, None)
+        self.top = partial[0].amax(0)
+        self.total = (partial[1] * (partial[0] - self.top).exp()).nan_to_num(0.0).sum(0)
+
+    def set_active(self) -> None:
+        self.labels[self.active == 0] = -100
         self.on = self.active.bool()
+        self.factor = torch.where(self.on, torch.randn(self.n, device="cuda"), 0.0)
+        self.tiles = active_tiles(self.active)
 
-    def outputs(self, block_v: int, exps: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        partial = torch.full((2, triton.cdiv(self.v, block_v), self.n), MARK, device="cuda")
-        return partial, torch.full((self.n, self.width), MARK, dtype=torch.bfloat16, device="cuda") if exps else None
+    def outputs(self, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        partial = torch.full((2, triton.cdiv(self.v, hopper_tiles.TILE_V), self.n), MARK, device="cuda")
+        if kind == "rest":
+            return partial, None
+        return partial, torch.full((self.n, self.width), MARK, dtype=self.dtype, device="cuda")
 
-    def library(self, partial: torch.Tensor, exps: torch.Tensor | None) -> None:
-        operands = [launch.operand(t, r, self.tile) for t, r in ((self.x, 128), (self.w, self.tile.block_v))]
-        grid = (triton.cdiv(self.n, 128) * partial.shape[1],)
+    def library(self, kind: str, partial: torch.Tensor, out: torch.Tensor | None) -> None:
+        heights = self.tile.block_n, self.tile.block_v
+        operands = [launch.operand(t, r, self.tile) for t, r in zip((self.x, self.w), heights, strict=True)]
+        grid = (triton.cdiv(self.n, heights[0]) * triton.cdiv(self.v, heights[1]),)
         strides = self.x.stride(0), self.w.stride(0)
         flags = {"HAS_BIAS": False, "HAS_SOFTCAP": False, **self.tile.meta()}
-        if exps is None:
+        size = self.n, self.v, self.h
+        if kind == "rest":
             linear_logprob_fwd._rest_tile_kernel[grid](
                 *operands, None, self.labels, self.active, partial,
-                self.n, self.v, self.h, partial.stride(0), *strides, PRE, 1.0, STATS=False, **flags,
+                *size, partial.stride(0), *strides, PRE, 1.0, STATS=False, **flags,
             )  # fmt: skip
-        else:
+        elif kind == "exp":
             linear_logprob_fwd._exp_tile_kernel[grid](
-                *operands, None, self.labels, self.active, self.anchor, exps, partial,
-                self.n, self.v, self.h, partial.stride(0), *strides, exps.stride(0), PRE, 1.0, **flags,
+                *operands, None, self.labels, self.active, self.anchor, out, partial,
+                *size, partial.stride(0), *strides, out.stride(0), PRE, 1.0, **flags,
+            )  # fmt: skip
+        else:
+            linear_logprob_bwd._logit_gradient_kernel[grid](
+                *operands, None, self.labels, self.factor, self.top, self.total, out,
+                *size, 0, *strides, out.stride(0), PRE, 1.0, **flags,
             )  # fmt: skip
 
-    def candidate(self, variant: str, partial: torch.Tensor, exps: torch.Tensor | None, group: int = GROUP) -> None:
-        module, options = VARIANTS[variant], {"num_sms": self.num_sms, "group": group, "variant": variant}
-        inputs = self.x, self.w, self.labels, self.active
-        if exps is None:
-            module.rest_tiles(*inputs, partial, PRE, **options)
+    def hopper(
+        self, kind: str, stagger: int, partial: torch.Tensor, out: torch.Tensor | None, group: int | None = None
+    ) -> None:
+        plan = hopper_tiles.PLAN._replace(stagger=stagger, group=group or hopper_tiles.PLAN.group)
+        options = {"sms": self.sms, "plan": plan}
+        inputs = self.x, self.w, self.labels
+        if kind == "rest":
+            hopper_tiles.rest_tiles(*inputs, self.tiles, partial, PRE, **options)
+        elif kind == "exp":
+            hopper_tiles.exp_tiles(*inputs, self.active, self.tiles, self.anchor, out, partial, PRE, **options)
         else:
-            module.exp_tiles(*inputs, self.anchor, exps, partial, PRE, **options)
+            grad = out[:, : self.v]
+            hopper_tiles.gradient_tiles(
+                *inputs, self.factor, self.tiles, self.top, self.total, grad, 0, PRE, **options
+            )  # fmt: skip
 
-    def compare(self, expected: tuple, got: tuple) -> tuple[float, float, float, bool]:
-        """(max error of a row's maximum, of log-sums, of E relative to itself, untouched where it must be)"""
-        (p0, e0), (p1, e1) = expected, got
-        fine, logs = True, []
-        for p in (p0, p1):
-            m, s = p[0][:, self.on], p[1][:, self.on]
-            fine &= not bool((m == MARK).any() | (s == MARK).any())
-            top = m.amax(0)
-            total = s.double().sum(0) if e0 is not None else (s.double() * (m.double() - top).exp()).sum(0)
-            logs.append((top, total.log() if e0 is not None else total.log() + top))
-        errors = [float((a - b).abs().max()) for a, b in zip(*logs, strict=True)]
-        if p0.shape == p1.shape:  # tiles of one width: tile by tile
-            finite = p0[0] > -1e30
-            errors[0] = worse(errors[0], float((p0[0] - p1[0])[finite].abs().max()))
-            some = finite & self.on
-            errors[1] = worse(errors[1], float(((p0[1] - p1[1]).abs() / (p0[1].abs() + 1e-30))[some].max()))
-        err_e = 0.0
-        if e0 is not None:
-            for a, b, on in zip(e0.split(1024), e1.split(1024), self.on.split(1024), strict=True):
-                fine &= bool(((a == MARK) == (b == MARK)).all()) and bool((b[~on] == MARK).all())
+    def compare(self, kind: str, expected: tuple, got: tuple) -> tuple[float, float, float, bool]:
+        """(largest error of a tile's row maximum; of a row sum, of an element of the result, relative to itself;
+        untouched where it must be, written where it must be)"""
+        (p0, x0), (p1, x1) = expected, got
+        fine, errors = True, [0.0, 0.0, 0.0]
+        if kind != "grad":
+            a, b = p0[:, :, self.on], p1[:, :, self.on]
+            finite = a[0] > -1e30
+            fine &= not bool((b == MARK).any()) and bool(((b[0] > -1e30) == finite).all())
+            errors[0] = largest((a[0] - b[0])[finite].abs())
+            errors[1] = largest(((a[1] - b[1]).abs() / (a[1].abs() + 1e-30))[finite])
+        if x0 is not None:
+            for a, b, on in zip(x0.split(1024), x1.split(1024), self.on.split(1024), strict=True):
+                fine &= bool(((a == MARK) == (b == MARK)).all())
+                fine &= bool((b[~on, : self.v] == (0.0 if kind == "grad" else MARK)).all())
                 a, b = a[on].float(), b[on].float()
-                if len(a):
-                    err_e = worse(err_e, float(((a - b).abs() / (a.abs() + 1e-30)).max()))
-        return *errors, err_e, fine
+                # below float32's or float16's normal range results may differ, or be 0
+                floor = 1e-30 if self.dtype == torch.bfloat16 else 1e-3
+                errors[2] = worse(errors[2], largest((a - b).abs() / (a.abs() + floor)))
+        return *errors, fine
 
-    def agreeing(self, variants: list[str], exps: bool) -> list[str]:
-        """The variants that agree with the library's kernel, both times they run."""
-        kind = "exp " if exps else "rest"
-        expected = self.outputs(self.tile.block_v, exps)
-        self.library(*expected)
-        finish("the library's kernel", 20)
+    def agrees(self, kind: str, stagger: int, expected: tuple) -> bool:
+        """Whether Hopper's kernel gives the library's results, both times it runs."""
+        ok, worst, first = True, (0.0, 0.0, 0.0), None
+        try:
+            for _ in range(2):
+                got = self.outputs(kind)
+                self.hopper(kind, stagger, *got)
+                finish(f"{kind}/{stagger}")
+                *errors, fine = self.compare(kind, expected, got)
+                worst = tuple(worse(a, b) for a, b in zip(worst, errors, strict=True))
+                ok &= fine and (first is None or all(map(_equal, first, got)))
+                first = first or got
+        except Exception as error:  # does not compile or launch here
+            say(f"ERROR {kind}/{stagger}: {type(error).__name__}: {str(error)[:300]}")
+            return False
+        ok &= worst[0] < 1e-4 and worst[1] < 1e-4 and worst[2] < 0.01
+        shape = f"N={self.n} V={self.v} H={self.h}"
+        numbers = f"max {worst[0]:.1e}, sums {worst[1]:.1e}, elements {worst[2]:.1e}"
+        say(f"{'ok   ' if ok else 'WRONG'} {kind}/{stagger} at {shape}: {numbers}")
+        return ok
+
+    def agreeing(self, variants: list[tuple[str, int]]) -> list[tuple[str, int]]:
         good = []
-        for variant in variants:
-            ok, worst, first = True, (0.0, 0.0, 0.0), None
-            try:
-                for _ in range(2):
-                    got = self.outputs(VARIANTS[variant].PLANS[variant].block_v, exps)
-                    self.candidate(variant, *got)
-                    finish(variant)
-                    *errors, fine = self.compare(expected, got)
-                    worst = tuple(worse(a, b) for a, b in zip(worst, errors, strict=True))
-                    ok &= fine and (first is None or all(map(_equal, first, got)))
-                    first = first or got
-            except Exception as error:  # does not compile or launch here
-                say(f"ERROR {kind} {variant}: {type(error).__name__}: {str(error)[:200]}")
-                continue
-            ok &= worst[0] < 1e-4 and worst[1] < 1e-4 and worst[2] < 0.01
-            shape = f"N={self.n} V={self.v} H={self.h}"
-            numbers = f"max {worst[0]:.1e}, sums {worst[1]:.1e}, E {worst[2]:.1e}"
-            say(f"{'ok   ' if ok else 'WRONG'} {kind} {variant}: {shape}: {numbers}")
-            good += [variant] * ok
+        for kind in KINDS:
+            chosen = [x for x in variants if x[0] == kind]
+            if chosen:
+                expected = self.outputs(kind)
+                self.library(kind, *expected)
+                finish(f"the library's {kind}", 20)
+                good += [x for x in chosen if self.agrees(*x, expected)]
         return good
 
 
@@ -166,7 +206,7 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is None or torch.equal(a, b)
 
 
-def median_ms(function, count: int = 10) -> float:
+def median_ms(function, what: str, count: int = 10) -> float:
     for _ in range(2):
         function()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
@@ -174,97 +214,99 @@ def median_ms(function, count: int = 10) -> float:
     for event in events[1:]:
         function()
         event.record()
-    finish("timing", 20)
+    finish(what, 20)
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def product_ms(case: Case) -> float:
     logits = torch.empty(case.n, case.v, dtype=torch.bfloat16, device="cuda")
-    return median_ms(lambda: torch.mm(case.x, case.w.t(), out=logits))
+    return median_ms(lambda: torch.mm(case.x, case.w.t(), out=logits), "torch.mm")
 
 
-def kernel_ms(launch_on, outputs: tuple) -> float:
-    return median_ms(lambda: launch_on(*outputs))
+def right_at_awkward_shapes(variants: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The variants that stay."""
+    for shape in AWKWARD:
+        variants = Case(*shape).agreeing(variants)
+    case = Case(*AWKWARD[0])
+    case.active.zero_()  # only zeros are written, and nothing waits for a tile that never comes
+    case.set_active()
+    for kind, stagger in list(variants):
+        got = case.outputs(kind)
+        case.hopper(kind, stagger, *got)
+        finish(f"{kind}/{stagger}")
+        expected = case.outputs(kind)
+        if kind == "grad":
+            expected[1][:, : case.v] = 0
+        if not all(map(_equal, expected, got)):
+            say(f"WRONG {kind}/{stagger}: writes without an active row")
+            variants.remove((kind, stagger))
+    return variants
 
 
-def right_at_awkward_shapes(variants: list[str]) -> dict[bool, list[str]]:
-    """By kernel (exponentials or not), the variants that stay."""
-    left = {False: list(variants), True: list(variants)}
-    shapes = ((777, 50257, 576, 0.1), (777, 50257, 264, 0.1), (300, 1000, 64, 0.5), (1, 7, 264, 0.0))
-    for n, v, h, idle in shapes:
-        case = Case(n, v, h, idle)
-        for exps in (False, True):
-            left[exps] = case.agreeing(left[exps], exps)
-    case = Case(777, 50257, 576, 0.1)
-    case.active.zero_()  # nothing is written, and nothing waits for a tile that never comes
-    for exps in (False, True):
-        for variant in list(left[exps]):
-            got = case.outputs(VARIANTS[variant].PLANS[variant].block_v, exps)
-            case.candidate(variant, *got)
-            finish(variant)
-            if not all(x is None or bool((x == MARK).all()) for x in got):
-                say(f"WRONG {variant}: writes without an active row")
-                left[exps].remove(variant)
-    return left
-
-
-def time_all(left: dict[bool, list[str]], groups: list[int], out: Path) -> None:
+def time_all(variants: list[tuple[str, int]], shapes: tuple, groups: list[int], out: Path) -> None:
     rows = []
 
-    def note(v: int, h: int, kernel: str, variant: str, group: int | None, ms: float) -> None:
-        tflops = 2 * 8192 * v * h / ms / 1e9
-        row = {"v": v, "h": h, "kernel": kernel, "variant": variant, "group": group, "ms": ms, "tflops": tflops}
-        rows.append(row)
-        say(f"V={v} H={h}: {kernel} {variant}{f', group {group}' if group else ''}: {ms:.3f} ms, {tflops:.0f} TFLOP/s")
+    def note(v: int, h: int, kernel: str, variant: str, ms: float) -> None:
+        product = next((row["ms"] for row in rows if row["v"] == v and row["kernel"] == "product"), ms)
+        row = {"v": v, "h": h, "kernel": kernel, "variant": variant, "ms": ms, "tflops": 2 * 8192 * v * h / ms / 1e9}
+        rows.append(row | {"ratio": ms / product})
         with open(out / "tile-kernels.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"n": 8192, "device": torch.cuda.get_device_name(), **row}) + "\n")
+            file.write(json.dumps({"n": 8192, "device": torch.cuda.get_device_name(), **rows[-1]}) + "\n")
 
-    for v, h in SHAPES:
+    for v, h in shapes:
         case = Case(8192, v, h, 0.0)
-        note(v, h, "product", "torch.mm", None, product_ms(case))
-        for exps in (False, True):
-            kernel = "exp" if exps else "rest"
-            ms = kernel_ms(case.library, case.outputs(case.tile.block_v, exps))
-            note(v, h, kernel, "library", GROUP, ms)
-            for variant in case.agreeing(left[exps], exps):
-                for group in (GROUP, *groups):
-                    run = functools.partial(case.candidate, variant, group=group)
-                    ms = kernel_ms(run, case.outputs(VARIANTS[variant].PLANS[variant].block_v, exps))
-                    note(v, h, kernel, variant, group, ms)
+        note(v, h, "product", "torch.mm", product_ms(case))
+        good = case.agreeing(variants)
+        for kind in KINDS:
+            outputs = case.outputs(kind)
+            run = functools.partial(case.library, kind, *outputs)
+            note(v, h, kind, "Triton", median_ms(run, f"the library's {kind}"))
+            for _, stagger in [x for x in good if x[0] == kind]:
+                for group in (None, *groups):
+                    run = functools.partial(case.hopper, kind, stagger, *outputs, group)
+                    name = f"Hopper, stagger {stagger}" + (f", group {group}" if group else "")
+                    note(v, h, kind, name, median_ms(run, f"{kind}/{stagger}"))
+            del outputs, run
         del case
         torch.cuda.empty_cache()
-    print(f"\nN=8192, bf16\n{'V':>8}{'H':>6}  {'kernel':<34}{'ms':>9}{'TFLOP/s':>9}")
+    print(f"\nN=8192, bf16\n{'V':>8}{'H':>6}  {'kernel':<30}{'ms':>9}{'of mm':>8}{'TFLOP/s':>9}")
     for row in rows:
-        name = f"{row['kernel']} {row['variant']}" + (f" /{row['group']}" if row["group"] not in (None, GROUP) else "")
-        print(f"{row['v']:>8}{row['h']:>6}  {name:<34}{row['ms']:>9.3f}{row['tflops']:>9.0f}", flush=True)
+        name = f"{row['kernel']} {row['variant']}"
+        print(f"{row['v']:>8}{row['h']:>6}  {name:<30}{row['ms']:>9.3f}{row['ratio']:>8.3f}{row['tflops']:>9.0f}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--groups", nargs="+", type=int, default=[], help=f"values of GROUP to time besides {GROUP}")
+    parser.add_argument("--quick", action="store_true", help="time one shape")
+    parser.add_argument("--staggers", nargs="+", type=int, default=[2], help="steps between the two consumers")
+    parser.add_argument("--groups", nargs="+", type=int, default=[], help="row tiles in a sweep, besides the default")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, default=Path("build"))
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds after which it ends")
+    parser.add_argument("--without", nargs="*", default=[], help="uses and staggers to leave out, as rest/2")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    variants = [(kind, x) for x in options.staggers for kind in KINDS if f"{kind}/{x}" not in options.without]
     if options.child:
         torch.manual_seed(options.seed)
         say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {options.seed}")
-        time_all(right_at_awkward_shapes(options.variants), options.groups, options.out)
+        time_all(right_at_awkward_shapes(variants), SHAPES[: 1 if options.quick else None], options.groups, options.out)
         return 0
-    variants = options.variants
-    while variants:  # the library's kernels and torch.mm are timed again after a hang, for one run's ratios
-        command = [sys.executable, __file__, "--child", "--seed", str(options.seed), "--out", str(options.out)]
-        command += ["--variants", *variants, *(["--groups", *map(str, options.groups)] if options.groups else [])]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    without = list(options.without)
+    while len(without) < len(variants) + len(options.without):  # after a hang, timed anew for one process's ratios
+        command = [sys.executable, __file__, "--child", *sys.argv[1:], "--seed", str(options.seed)]
+        child = subprocess.Popen([*command, "--without", *without], stdout=subprocess.PIPE, text=True)
+        timer = threading.Timer(max(1.0, options.limit - (time.time() - START)), child.kill)
+        timer.start()
         hung = None
         for line in child.stdout:
             print(line, end="", flush=True)
             hung = line.split("HANG in ")[1].strip() if "HANG in " in line else hung
-        if child.wait() != HUNG or hung not in variants:
+        timer.cancel()
+        if child.wait() != HUNG or hung not in {f"{kind}/{x}" for kind, x in variants}:
             return child.returncode
-        variants = [name for name in variants if name != hung]
+        without.append(hung)
     return HUNG
 
 

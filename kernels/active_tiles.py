@@ -1,12 +1,10 @@
-"""Which row tiles have an active row: the list that the candidate kernels walk over."""
+"""Which row tiles have an active row: the list that persistent kernels walk over."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
-TILE_N = 128  # rows of a tile in every candidate
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -23,10 +21,10 @@ def _active_tiles_kernel(p_active, o_tiles, N, BLOCK_N: tl.constexpr, BLOCKS: tl
     tl.store(o_tiles, count)
 
 
-def active_tiles(active: Tensor) -> Tensor:
-    """``_active_tiles_kernel``'s list."""
+def active_tiles(active: Tensor, tile_n: int = 128) -> Tensor:
+    """``_active_tiles_kernel``'s list for ``active`` (N,) int32: (1 + ceil(N / tile_n),) int32. No host sync."""
     n = active.shape[0]
-    blocks = triton.cdiv(n, TILE_N)
+    blocks = triton.cdiv(n, tile_n)
     tiles = active.new_empty(1 + blocks)
-    _active_tiles_kernel[(1,)](active, tiles, n, BLOCK_N=TILE_N, BLOCKS=64, num_warps=8)
+    _active_tiles_kernel[(1,)](active, tiles, n, BLOCK_N=tile_n, BLOCKS=64, num_warps=8)
     return tiles
