@@ -12,13 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from powerflow_fast.kernels.active_tiles import active_tiles
 from powerflow_fast.kernels.launch import (
     add_matmul_fp32_,
     choose_tile,
+    hopper_tiles_for,
     launcher,
     logit_factors,
     logit_tile,
     matmul_fp32,
+    num_sms,
     operand,
     plan_columns,
     readable,
@@ -115,15 +118,23 @@ def linear_logprob_bwd(
     columns = plan_columns(v, n * hidden.element_size(), tile)
     scratch = hidden.new_empty(n, columns)
     x = operand(hidden, tile.block_n, tile)
+    hopper = hopper_tiles_for(hidden, bias, transform)
+    tiles = active_tiles((factor != 0.0).to(torch.int32)) if hopper else None
     for first in range(0, v, columns):
         part = slice(first, min(first + columns, v))
         w, grad = weight[part], scratch[:, : part.stop - first]
-        _logit_gradient_kernel[(triton.cdiv(n, tile.block_n) * triton.cdiv(len(w), tile.block_v),)](
-            x, operand(w, tile.block_v, tile), None if bias is None else bias[part],
-            labels, factor, forward.anchor, forward.others_sum, grad,
-            n, len(w), h, first, hidden.stride(0), w.stride(0), columns, pre, post,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
-        )  # fmt: skip
+        if hopper:
+            hopper.gradient_tiles(
+                hidden, w, labels, factor, tiles, forward.anchor, forward.others_sum, grad, first, pre,
+                sms=num_sms(hidden.device),
+            )  # fmt: skip
+        else:
+            _logit_gradient_kernel[(triton.cdiv(n, tile.block_n) * triton.cdiv(len(w), tile.block_v),)](
+                x, operand(w, tile.block_v, tile), None if bias is None else bias[part],
+                labels, factor, forward.anchor, forward.others_sum, grad,
+                n, len(w), h, first, hidden.stride(0), w.stride(0), columns, pre, post,
+                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
+            )  # fmt: skip
         if need_d_hidden and total is None:
             total = matmul_fp32(grad, w)
         elif need_d_hidden:

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from powerflow_fast.kernels.active_tiles import active_tiles
 from powerflow_fast.kernels.launch import (
     SCRATCH_ROWS,
     Tile,
     choose_tile,
+    hopper_tiles_for,
     launcher,
     log1p_unit,
     logit_factors,
@@ -343,11 +345,18 @@ def _exponentials(
     floor, limit = ANCHOR_RANGE[hidden.dtype]
     logit, bend, active = _label_logits(hidden, weight, labels, bias, transform, ignore_index)
     anchor = logit.clone()
+    hopper = hopper_tiles_for(hidden, bias, transform)
     for again in (False, True):
         if again:
             _reanchor_kernel[(triton.cdiv(n, 64),)](
                 partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=64, BLOCK_T=32
             )
+        if hopper:
+            hopper.exp_tiles(
+                hidden, weight, labels, active, active_tiles(active), anchor, exps, partial, pre,
+                sms=num_sms(hidden.device),
+            )  # fmt: skip
+            continue
         _exp_tile_kernel[(triton.cdiv(n, tile.block_n) * tiles,)](
             operand(hidden, tile.block_n, tile), operand(weight, tile.block_v, tile), bias, labels, active, anchor,
             exps, partial, n, v, h, plane, hidden.stride(0), weight.stride(0), exps.stride(0), pre, post,
@@ -389,15 +398,19 @@ def linear_logprob_fwd(
     partial = hidden.new_empty(4 if stats else 2, tiles, min(n, SCRATCH_ROWS), dtype=torch.float32)
     plane = partial.stride(0)
     w = operand(weight, tile.block_v, tile)
+    hopper = hopper_tiles_for(hidden, bias, transform, stats=stats)
     for part in rows.split(SCRATCH_ROWS):
         chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
         logit, _, active = _label_logits(chunk, weight, y, bias, transform, ignore_index)
         count = len(part)
-        _rest_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
-            operand(chunk, tile.block_n, tile), w, bias, y, active, partial,
-            count, v, h, plane, chunk.stride(0), weight.stride(0), pre, post,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, STATS=stats, **tile.meta(),
-        )  # fmt: skip
+        if hopper:
+            hopper.rest_tiles(chunk, weight, y, active_tiles(active), partial, pre, sms=num_sms(hidden.device))
+        else:
+            _rest_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
+                operand(chunk, tile.block_n, tile), w, bias, y, active, partial,
+                count, v, h, plane, chunk.stride(0), weight.stride(0), pre, post,
+                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, STATS=stats, **tile.meta(),
+            )  # fmt: skip
         _combine_kernel[(triton.cdiv(count, 64),)](
             partial, logit, active, part, out, count, v, tiles, plane, n, BLOCK_N=64, BLOCK_T=32, STATS=stats
         )
