@@ -411,3 +411,16 @@ def _add_products(
 def kept_dtype(hidden: Tensor) -> torch.dtype:
     """Of the exponentials that `linear_logprob_fwd_exps` keeps."""
     return products_for(hidden).operand_dtype
+
+
+def scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(unit * factor).to(dtype)``, in place or in pieces: a whole product of a head's size would be the peak. The
+    pieces take turns in one buffer, since a CPU spends more on new pages than on the product."""
+    if unit.dtype == dtype:
+        return unit.mul_(factor)
+    out = torch.empty_like(unit, dtype=dtype)
+    rows = max(1, (1 << 20) * unit.shape[0] // max(1, unit.numel()))
+    buffer = torch.empty_like(unit[:rows])
+    for part, source in zip(out.split(rows), unit.split(rows), strict=True):
+        part.copy_(torch.mul(source, factor, out=buffer[: len(source)]))
+    return out

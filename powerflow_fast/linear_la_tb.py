@@ -268,6 +268,7 @@ class LinearLATBFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Not saved tensors: the backward pass gives them away instead of copying gradients of a head's size.
         ctx.units = [d_hidden, *sums.finished(), torch.cat(d_log_z) if need_d_log_z else None]
+        ctx.scaled = call.implementation.scaled
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype, logps.dtype
         return torch.stack(loss).sum(), *per_sequence
 
@@ -283,20 +284,7 @@ class LinearLATBFunction(torch.autograd.Function):
             )
         with torch.no_grad():
             grads = [
-                None if unit is None else _scaled(unit, d_loss, dtype)
+                None if unit is None else ctx.scaled(unit, d_loss, dtype)
                 for unit, dtype in zip(units, ctx.dtypes, strict=True)
             ]
         return *(refuse_second_derivative("linear_la_tb_loss", g) for g in grads), None, None, None, None
-
-
-def _scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(unit * factor).to(dtype)``, in place or in pieces: a whole product of a head's size would be the peak. The
-    pieces take turns in one buffer, since a CPU spends more on new pages than on the product."""
-    if unit.dtype == dtype:
-        return unit.mul_(factor)
-    out = torch.empty_like(unit, dtype=dtype)
-    rows = max(1, (1 << 20) * unit.shape[0] // max(1, unit.numel()))
-    buffer = torch.empty_like(unit[:rows])
-    for part, source in zip(out.split(rows), unit.split(rows), strict=True):
-        part.copy_(torch.mul(source, factor, out=buffer[: len(source)]))
-    return out

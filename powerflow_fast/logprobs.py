@@ -38,7 +38,7 @@ def implementation_for(backend: Backend, hidden: Tensor) -> types.SimpleNamespac
     """The launchers of the backend that will run."""
     if resolve_backend(backend, hidden.device, hidden.dtype) == "torch":
         return chunked
-    from .kernels import linear_logprob_bwd, linear_logprob_fwd
+    from .kernels import linear_logprob_bwd, linear_logprob_fwd, scale
 
     return types.SimpleNamespace(
         linear_logprob_fwd=linear_logprob_fwd.linear_logprob_fwd,
@@ -47,6 +47,7 @@ def implementation_for(backend: Backend, hidden: Tensor) -> types.SimpleNamespac
         linear_logprob_bwd=linear_logprob_bwd.linear_logprob_bwd,
         linear_logprob_bwd_exps=linear_logprob_bwd.linear_logprob_bwd_exps,
         kept_dtype=linear_logprob_fwd.kept_dtype,
+        scaled=scale.scaled,
     )
 
 

@@ -211,7 +211,9 @@ def spied(monkeypatch):
         return wrapper
 
     names = [name for name in vars(chunked) if name.startswith("linear_logprob_")]
-    spies = types.SimpleNamespace(kept_dtype=chunked.kept_dtype, **{name: recorded(name) for name in names})
+    spies = types.SimpleNamespace(
+        kept_dtype=chunked.kept_dtype, scaled=chunked.scaled, **{name: recorded(name) for name in names}
+    )
     monkeypatch.setattr(linear_la_tb, "implementation_for", lambda *_: spies)
     return calls
 
