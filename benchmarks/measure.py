@@ -1,4 +1,4 @@
-"""How it is measured: the machine and the sources, time, peak memory, bits.
+"""How it is measured: the machine and the code behind a figure, time, peak memory, bits.
 
 CPU times are wall clock, GPU times lie between two CUDA events after a synchronisation. Peak memory is what a step
 needs on top of its inputs, results included: on a GPU the allocator's own peak, on a CPU the rise of the resident set's
@@ -7,15 +7,18 @@ high-water mark in a process that runs that one step.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import datetime
+import functools
 import gc
 import hashlib
 import importlib.metadata
 import os
 import platform
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -27,17 +30,24 @@ from torch import Tensor
 import powerflow_fast
 
 ROOT = Path(__file__).resolve().parents[1]
+CPUINFO = Path("/proc/cpuinfo")
 Outputs = tuple[Tensor, ...]
 
-# The files whose change makes a figure of ours out of date, by (op, backend). Those of others depend on a release.
-_HEAD_TORCH = ("package/logprobs.py", "package/chunked.py", "package/products.py", "csrc/head_cpu.cpp")
+# The code whose change makes a figure of ours out of date, by (op, backend). Figures of others depend on a release.
+# "file" is all of a file, "file:name,name" these definitions of it and what runs at its import. Code that moves changes
+# this table, not the digests.
+_TYPES = ("kernels/types.py",)
+_HEAD_TORCH = ("package/logprobs.py", "package/chunked.py", "package/products.py", "csrc/head_cpu.cpp", *_TYPES)
 _HEAD_TRITON = (
     "package/logprobs.py",
     "kernels/launch.py",
     "kernels/linear_logprob_fwd.py",
     "kernels/linear_logprob_bwd.py",
+    "kernels/hopper_tiles.py",
+    "kernels/active_tiles.py",
+    *_TYPES,
 )
-_LOSS = ("csrc/la_tb.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py")
+_LOSS = ("csrc/la_tb.h", "csrc/la_tb_tensors.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py")
 _UPDATE_MODULES = ("update", "models", "heads", "packing", "attention", "partition", "samples")
 _UPDATE_MODULES += ("trajectories", "trajectory_balance", "residuals")
 _UPDATE = tuple(f"package/{name}.py" for name in _UPDATE_MODULES)
@@ -45,7 +55,7 @@ SOURCES = {
     ("linear_logprobs", "torch"): _HEAD_TORCH,
     ("linear_logprobs", "triton"): _HEAD_TRITON,
     ("linear_la_tb_loss", "torch"): _HEAD_TORCH + _LOSS + ("package/linear_la_tb.py",),
-    ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS + ("package/linear_la_tb.py",),
+    ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS + ("package/linear_la_tb.py", "kernels/scale.py"),
     ("la_tb_loss", "compiled"): _LOSS,
     ("rollout", "torch"): ("package/rollout.py", "package/rollout_continuous.py", "package/rollout_vllm.py"),
     ("update", "torch"): _HEAD_TORCH + _LOSS + _UPDATE,
@@ -53,16 +63,87 @@ SOURCES = {
 }
 
 
+class _Computing(ast.NodeTransformer):
+    """Leaves out what computes nothing: docstrings, imports, ``__all__``, and an ``if`` with nothing else in it."""
+
+    def visit_Import(self, node: ast.Import) -> None:
+        return None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        return None
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if defined_names(node) == {"__all__"} else node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        node = self.generic_visit(node)
+        return node if node.body or node.orelse else None
+
+
+def defined_names(statement: ast.stmt) -> set[str]:
+    """What a statement defines."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _canonical(node: object) -> str:
+    """A syntax tree as text. `ast.dump` differs between versions of Python, by the empty fields that it shows."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = (f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
+    return f"{type(node).__name__}({','.join(fields)})"
+
+
+@functools.cache
+def python_definitions(text: str) -> tuple[tuple[frozenset[str], str], ...]:
+    """(names, canonical text) of each top-level statement that computes something."""
+    statements = _Computing().visit(ast.parse(text)).body
+    return tuple((frozenset(defined_names(statement)), _canonical(statement)) for statement in statements)
+
+
+_C_LITERAL_OR_COMMENT = re.compile(
+    r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|//[^\n]*|/\*.*?\*/""",
+    re.DOTALL,
+)
+
+
+@functools.cache
+def c_code(text: str) -> str:
+    """C++ or CUDA without comments, includes and white space."""
+    text = _C_LITERAL_OR_COMMENT.sub(lambda match: match[1] or " ", text)
+    return "".join("".join(line.split()) for line in text.splitlines() if not line.lstrip().startswith("#include"))
+
+
 def source_digest(op: str, backend: str, *, package: Path | None = None) -> str:
-    """Hash of the sources that a figure rests on: those of ``package``, by default of the one that is imported."""
+    """Hash of the definitions that a figure rests on: those of ``package``, by default of the one that is imported.
+
+    It is the hash of a set. The files that hold the definitions, their order, imports, comments and docstrings don't
+    count, so that code can be moved and explained without a new measurement. A C++ source counts as one definition.
+    """
     package = package or Path(powerflow_fast.__file__).resolve().parent
     kernels = package / "kernels" if (package / "kernels").is_dir() else package.parent / "kernels"
     roots = {"package": package, "kernels": kernels, "csrc": ROOT / "csrc"}
-    digest = hashlib.sha256()
-    for name in SOURCES[op, backend]:
-        folder, file = name.split("/")
-        digest.update((roots[folder] / file).read_bytes())
-    return digest.hexdigest()[:12]
+    code: set[str] = set()
+    for entry in SOURCES[op, backend]:
+        place, _, listed = entry.partition(":")
+        folder, _, file = place.partition("/")
+        text = (roots[folder] / file).read_text(encoding="utf-8")
+        if not file.endswith(".py"):
+            code.add(c_code(text))
+            continue
+        definitions = python_definitions(text)
+        wanted = set(listed.split(",")) if listed else set()
+        if missing := wanted.difference(*(names for names, _ in definitions)):
+            raise ValueError(f"source_digest: {place} does not define {', '.join(sorted(missing))}")
+        code |= {canonical for names, canonical in definitions if not (wanted and names) or names & wanted}
+    return hashlib.sha256("\0".join(sorted(code)).encode()).hexdigest()[:12]
 
 
 def _say(*command: str) -> str | None:
@@ -79,25 +160,33 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def _cpu() -> dict[str, str]:
+    """What Linux says of the first processor; elsewhere nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPUINFO.read_text().split("\n\n")[0].splitlines()
     except OSError:
         lines = []
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
 
 
 def environment(device: torch.device) -> dict[str, object]:
     """What a reader needs to judge a figure or to repeat it; part of every row."""
     # the results that this very run writes don't count
     changed = _say("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    cpu = _cpu()
+    name = cpu.get("model name") or platform.processor() or platform.machine()
     env: dict[str, object] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "commit": _say("git", "rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
-        "device": _cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "cpu": _cpu_model(),
+        "device": name if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "cpu": name,
+        "cpu_family": _number(cpu.get("cpu family")),  # the name of some is that of several generations
+        "cpu_model": _number(cpu.get("model")),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load_1min": round(os.getloadavg()[0], 2),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from head_peers import HEAD_PROVIDERS
-from results import Providers, Row, by_case, case_of, fastest, floor
+from results import Providers, Row, by_case, case_of, device_of, fastest, floor
 
 QUANTITIES: dict[str, tuple[str, Callable[[Row], float | None]]] = {
     "time": ("median time of a step", lambda row: row["ms_p50"]),
@@ -61,7 +61,7 @@ def cases_of(plot: Plot, rows: list[Row]) -> list[Providers]:
         first = next(iter(providers.values()))
         case = dataclasses.asdict(case_of(first))
         size = case.pop(plot.axis)
-        sweeps.setdefault((first["device"], *case.items()), {})[size] = providers
+        sweeps.setdefault((device_of(first), *case.items()), {})[size] = providers
     longest = max(sweeps.values(), key=len, default={})
     return [longest[size] for size in sorted(longest)] if len(longest) > 1 else []
 
@@ -186,7 +186,7 @@ def title(plot: Plot, cases: list[Providers]) -> str:
     what = {"frozen": "Frozen head, forward and backward", "full": "LA-TB loss from hidden states, trained head"}
     fixed = [f"{key.upper()}={row[key]:,}" for key in ("n", "v", "h") if plot.axis and key != plot.axis]
     fixed += [row["dtype"]] if plot.axis else ["N × V × H"]
-    return f"{what[plot.mode]}, {', '.join(fixed)}\n{row['device']}, torch {row['torch']}"
+    return f"{what[plot.mode]}, {', '.join(fixed)}\n{device_of(row)}, torch {row['torch']}"
 
 
 def draw(plot: Plot, rows: list[Row], path: Path) -> bool:

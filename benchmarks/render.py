@@ -22,11 +22,13 @@ from results import (  # noqa: E402
     baseline,
     by_case,
     case_of,
+    device_of,
     fastest_other,
     floor,
     is_stale,
     load,
     ours,
+    over_floor,
     show_memory,
     show_number,
     show_time,
@@ -44,13 +46,18 @@ def machine(rows: list[Row]) -> str:
     """The device and versions of the rows, which share a device."""
     first = rows[0]
     commits = sorted({(row["commit"] or "unknown")[:9] for row in rows})
-    name = first["device"] if first["device_type"] == "cuda" else f"{first['device']}, {first['threads']} threads"
-    text = f"{name}, torch {first['torch']}, commit {', '.join(commits)}"
+    threads = f", {first['threads']} threads" if first["device_type"] == "cpu" else ""
+    text = f"{device_of(first)}{threads}, torch {first['torch']}, commit {', '.join(commits)}"
     return text + (", with uncommitted changes" if any(row["dirty"] for row in rows) else "")
 
 
 def ratio(row: Row, other: Row | None) -> str:
     return f"{row['ms_p50'] / other['ms_p50']:.2f}" if other and other["status"] == "ok" else ""
+
+
+def floor_ratio(row: Row, providers: Providers) -> str:
+    times = over_floor(row, providers)
+    return "" if times is None else f"{times:.2f}"
 
 
 # README.md
@@ -83,10 +90,11 @@ def readme_block(rows: list[Row]) -> str:
             "Forward and backward of a language-model head over N tokens: median time, peak memory on top of the "
             "inputs, and error (frozen head: of the log-prob summed over the tokens, in nats; LA-TB loss, which trains "
             "the head: of the loss, relative). Below, a whole training update: scores under base and policy, loss, "
-            "backward pass, AdamW step.",
+            "backward pass, AdamW step. ÷ bare GEMMs: the time of powerflow_fast over that of the matrix products "
+            "alone.",
             "",
-            "| | N × V × H | dtype | naive PyTorch | fastest other | powerflow_fast |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| | N × V × H | dtype | naive PyTorch | fastest other | powerflow_fast | ÷ bare GEMMs |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for providers in cases:
             own = ours(providers)
@@ -98,10 +106,11 @@ def readme_block(rows: list[Row]) -> str:
                 else f"{own['n']} × {own['v']} × {own['h']}"
             )
             cells = [cell(baseline(providers)), cell(fastest_other(providers), name=True), cell(own)]
+            cells.append((own["status"] == "ok" and floor_ratio(own, providers)) or "–")
             lines.append(f"| {what} | {shape} | {own['dtype']} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
-        devices = dict.fromkeys(row["device"] for row in shown)
-        parts.append("\n".join(f"{machine([r for r in shown if r['device'] == d])}." for d in devices))
+        devices = dict.fromkeys(map(device_of, shown))
+        parts.append("\n".join(f"{machine([r for r in shown if device_of(r) == d])}." for d in devices))
         if any(is_stale(row) for row in shown):
             parts.append(STALE_NOTE)
     else:
@@ -156,7 +165,7 @@ COLUMNS: dict[str, Column] = {
     "time p50 (p20–p80)": lambda r, _: f"{show_time(r['ms_p50'])} ({show_time(r['ms_p20'])}–{show_time(r['ms_p80'])})",
     "reps": lambda r, _: str(r["reps"]),
     "÷ baseline": lambda r, c: ratio(r, baseline(c)),
-    "÷ bare GEMMs": lambda r, c: ratio(r, floor(c)),
+    "÷ bare GEMMs": floor_ratio,
     "useful FLOP/s": _rate,
     "executed ÷ useful": _executed,
     "tokens/s": lambda r, _: f"{r.get('tokens', r['n']) / r['ms_p50'] * 1e3:.0f}" if r["op"] in WHOLE_MODEL else "",
@@ -250,8 +259,8 @@ def tables(rows: list[Row]) -> str:
         "# All measurements\n\nWritten by `benchmarks/render.py`. What the columns mean: [../README.md](../README.md).",
         defeats(rows),
     ]
-    for suite, device in dict.fromkeys((row["suite"], row["device"]) for row in rows):
-        parts.append(suite_part([r for r in rows if (r["suite"], r["device"]) == (suite, device)], rows))
+    for suite, device in dict.fromkeys((row["suite"], device_of(row)) for row in rows):
+        parts.append(suite_part([r for r in rows if (r["suite"], device_of(r)) == (suite, device)], rows))
     if any(is_stale(row) for row in rows):
         parts.append(STALE_NOTE)
     return "\n\n".join(parts) + "\n"

@@ -32,6 +32,13 @@ def is_stale(row: Row) -> bool:
     return row["sources"] != measure.source_digest(row["op"], row["backend"], package=measure.ROOT / "powerflow_fast")
 
 
+def device_of(row: Row) -> str:
+    """The device's name. That of a CPU needs family and model, where the row has them, to tell its generation."""
+    if row["device_type"] != "cpu" or row.get("cpu_model") is None:
+        return row["device"]
+    return f"{row['device']} (family {row['cpu_family']}, model {row['cpu_model']})"
+
+
 def case_of(row: Row) -> Case:
     kind = OPERATIONS[row["op"]].case
     return kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})
@@ -40,7 +47,7 @@ def case_of(row: Row) -> Case:
 def by_case(rows: Iterable[Row]) -> list[Providers]:
     cases: dict[tuple, Providers] = {}
     for row in rows:
-        key = (row["suite"], row["device"], row["op"], case_of(row))
+        key = (row["suite"], device_of(row), row["op"], case_of(row))
         cases.setdefault(key, {})[row["provider"]] = row
     return list(cases.values())
 
@@ -56,6 +63,14 @@ def baseline(providers: Providers) -> Row | None:
 
 def floor(providers: Providers) -> Row | None:
     return fastest(row for row in providers.values() if row["kind"] == "floor")
+
+
+def over_floor(row: Row, providers: Providers) -> float | None:
+    """Time over that of the bare products, by the rate that the row carries or else by the floor's row of its case."""
+    if row.get("floor_tflops"):
+        return row["floor_tflops"] * 1e9 * row["ms_p50"] / row["useful_flop"]
+    bare = floor(providers)
+    return row["ms_p50"] / bare["ms_p50"] if bare else None
 
 
 def fastest_other(providers: Providers) -> Row | None:

@@ -26,6 +26,7 @@ if importlib.util.find_spec("powerflow_fast") is None:
     sys.path.insert(1, str(ROOT))  # a checkout needs no installation; an installed package comes first
 
 import measure  # noqa: E402
+import results  # noqa: E402
 import torch  # noqa: E402
 from head_case import DTYPES  # noqa: E402
 from operations import OPERATIONS, Case, Operation  # noqa: E402
@@ -222,6 +223,10 @@ def measure_case(case: Case, options: argparse.Namespace, device: torch.device) 
         row |= {"status": "ok", **timing.summary()}
         if wrong := outside_limits(row, rows.get("naive", {})):
             row |= {"status": "wrong", "error": "; ".join(wrong)}
+    if bare := results.floor(rows):
+        tflops = bare["useful_flop"] / bare["ms_p50"] / 1e9
+        for row in rows.values():
+            row["floor_tflops"] = float(f"{tflops:.4g}")
     own_memory, measured = {p.name: p.own_memory for p in providers}, []
     for name, row in rows.items():
         if row["status"] == "error" or row["kind"] == "floor":

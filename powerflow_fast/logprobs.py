@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import chunked as torch_backend
 from .dispatch import (
     Backend,
     check_linear_inputs,
@@ -37,17 +37,24 @@ class LogprobStats(NamedTuple):
 def implementation_for(backend: Backend, hidden: Tensor) -> types.SimpleNamespace | types.ModuleType:
     """The launchers of the backend that will run."""
     if resolve_backend(backend, hidden.device, hidden.dtype) == "torch":
-        return chunked
-    from .kernels import linear_logprob_bwd, linear_logprob_fwd, scale
+        return torch_backend
+    from .kernels.linear_logprob_bwd import linear_logprob_bwd, linear_logprob_bwd_exps
+    from .kernels.linear_logprob_fwd import (
+        kept_dtype,
+        linear_logprob_fwd,
+        linear_logprob_fwd_d_hidden,
+        linear_logprob_fwd_exps,
+    )
+    from .kernels.scale import scaled
 
     return types.SimpleNamespace(
-        linear_logprob_fwd=linear_logprob_fwd.linear_logprob_fwd,
-        linear_logprob_fwd_d_hidden=linear_logprob_fwd.linear_logprob_fwd_d_hidden,
-        linear_logprob_fwd_exps=linear_logprob_fwd.linear_logprob_fwd_exps,
-        linear_logprob_bwd=linear_logprob_bwd.linear_logprob_bwd,
-        linear_logprob_bwd_exps=linear_logprob_bwd.linear_logprob_bwd_exps,
-        kept_dtype=linear_logprob_fwd.kept_dtype,
-        scaled=scale.scaled,
+        linear_logprob_fwd=linear_logprob_fwd,
+        linear_logprob_fwd_d_hidden=linear_logprob_fwd_d_hidden,
+        linear_logprob_fwd_exps=linear_logprob_fwd_exps,
+        linear_logprob_bwd=linear_logprob_bwd,
+        linear_logprob_bwd_exps=linear_logprob_bwd_exps,
+        kept_dtype=kept_dtype,
+        scaled=scaled,
     )
 
 
@@ -233,11 +240,11 @@ def linear_logprobs(
     Source: the method's s and r terms, PowerFlow (arXiv 2603.18363); the tiling is ours.
     """
     if torch.compiler.is_compiling():
-        from . import compiled  # one operator instead of a graph break; it imports this module
+        from .compiled import linear_logprobs as operator  # instead of a graph break; it imports this module
 
         options = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
         options |= {"ignore_index": ignore_index, "backend": backend, "cache_bytes": cache_bytes}
-        return compiled.linear_logprobs(hidden, weight, labels, bias=bias, **options)
+        return operator(hidden, weight, labels, bias=bias, **options)
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     transform = check_linear_inputs("linear_logprobs", hidden, weight, labels, bias, transform, ignore_index)

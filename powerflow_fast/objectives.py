@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _extension
+from ._extension import extension_status
 from .dispatch import require_positive, require_tensor
 from .logprobs import check_cu_seqlens, refuse_second_derivative, segment_sum
 
@@ -198,7 +198,7 @@ _warned: set[str] = set()
 
 
 def _has_kernel(op: str, device_type: str) -> bool:
-    status = _extension.extension_status()
+    status = extension_status()
     if status.available and (device_type in ("cpu", "meta") or (device_type == "cuda" and status.cuda)):
         return True
     if device_type not in _warned and not torch.compiler.is_compiling():
@@ -288,5 +288,5 @@ def _backward(ctx, d_loss, *_):
     return tuple(grads)
 
 
-if _extension.extension_status().available:
+if extension_status().available:
     torch.library.register_autograd("powerflow_fast::la_tb", _backward, setup_context=_setup_context)

@@ -23,6 +23,7 @@ import measure  # noqa: E402
 import operations  # noqa: E402
 import plots  # noqa: E402
 import render  # noqa: E402
+import results  # noqa: E402
 import run  # noqa: E402
 from head_case import HeadCase  # noqa: E402
 
@@ -124,6 +125,36 @@ def test_rows_say_everything(rehearsal):
     assert rows["naive"]["useful_flop"] == rows["naive"]["executed_flop"] == 4 * n * v * h
     assert rows["powerflow_fast"]["backend"] == "torch" and rows["powerflow_fast"]["sources"]
     assert "peak_extra_mib" not in rows["gemm"] and rows["gemm"]["ms_p50"] > 0
+    rate = rows["gemm"]["useful_flop"] / rows["gemm"]["ms_p50"] / 1e9
+    assert [row["floor_tflops"] for row in rows.values()] == pytest.approx([rate] * len(rows), rel=1e-3)
+
+
+def test_the_fastest_floor_gives_the_rate(tmp_path):
+    """Suites with a floor have its rate in every row of the case, that of a provider that failed included."""
+    names = ["powerflow_fast composed", "verl triton", "gemm", "gemm fp32"]
+    common = ["--rehearse", "--skip-tests", "--min-reps", "2", "--max-reps", "2", "--out", str(tmp_path)]
+    assert run.main(["cpu-loss", "la-tb", *common, "--device", "cpu", "--providers", *names]) == 0
+    cases = results.by_case(map(json.loads, (tmp_path / "cpu-loss.jsonl").read_text().splitlines()))
+    assert any({"verl triton", "gemm", "gemm fp32"} <= set(case) for case in cases)
+    for case in cases:
+        floors = [row["useful_flop"] / row["ms_p50"] / 1e9 for row in case.values() if row["kind"] == "floor"]
+        assert [row["floor_tflops"] for row in case.values()] == pytest.approx([max(floors)] * len(case), rel=1e-3)
+    assert "floor_tflops" not in (tmp_path / "la-tb.jsonl").read_text()
+
+
+def test_rows_tell_the_generation_of_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "CPUINFO", tmp_path / "cpuinfo")
+    info = "processor : 0\ncpu family : 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nprocessor : 1\nmodel : 3\n"
+    measure.CPUINFO.write_text(info)
+    row = measure.environment(CPU) | {"device_type": "cpu"}
+    assert (row["device"], row["cpu"], row["cpu_family"], row["cpu_model"]) == ("AMD EPYC", "AMD EPYC", 26, 2)
+    assert results.device_of(row) == "AMD EPYC (family 26, model 2)"
+    assert results.device_of(row | {"device": "NVIDIA H100", "device_type": "cuda"}) == "NVIDIA H100"
+    measure.CPUINFO.write_text("processor : 0\nCPU part : 0xd40\n")
+    row = measure.environment(CPU) | {"device_type": "cpu"}
+    assert row["device"] and row["cpu_family"] is row["cpu_model"] is None and results.device_of(row) == row["device"]
+    before = {key: value for key, value in row.items() if key not in ("cpu_family", "cpu_model")}
+    assert results.device_of(before) == row["device"]
 
 
 def test_red_tests_stop_the_run(tmp_path, monkeypatch, capsys):
@@ -180,6 +211,11 @@ def test_render_round_trip(published):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
     assert "| CPU, frozen head | 16 × 2379 × 128 | fp32 |" in text and "F.linear_cross_entropy: " in text
+    rows = {row["provider"]: row for row in results.load(Path(arguments[1]))}
+    times = rows["powerflow_fast"]["ms_p50"] / rows["gemm"]["ms_p50"]
+    (line,) = (line for line in text.splitlines() if "frozen head | 16" in line)
+    assert float(line.split("|")[-2]) == pytest.approx(times, rel=1e-2, abs=1e-2)
+    assert f"(family {rows['naive']['cpu_family']}, " in text or rows["naive"]["cpu_family"] is None
     assert render.main([*arguments, "--check"]) == 0
     readme.write_text(text.replace("MiB", "KiB", 1))
     assert render.main([*arguments, "--check"]) == 1
@@ -203,11 +239,8 @@ def test_figures_of_older_sources_are_marked(published):
 
 def test_a_changed_source_changes_the_digest(tmp_path):
     package = tmp_path / "powerflow_fast"
-    package.mkdir()
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    for name in {name for (op, _), names in measure.SOURCES.items() if op == "linear_logprobs" for name in names}:
-        if name.startswith("package/"):
-            shutil.copy(ROOT / "powerflow_fast" / name.removeprefix("package/"), package)
+    shutil.copytree(ROOT / "powerflow_fast", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for backend in ("torch", "triton"):
         same = measure.source_digest("linear_logprobs", backend, package=package)
         assert same == measure.source_digest("linear_logprobs", backend)
@@ -216,6 +249,110 @@ def test_a_changed_source_changes_the_digest(tmp_path):
     for backend in ("torch", "triton"):
         same = measure.source_digest("linear_logprobs", backend, package=package)
         assert same != measure.source_digest("linear_logprobs", backend)
+
+
+KERNEL = '''"""A kernel and its launcher."""
+
+from __future__ import annotations
+
+import triton
+from .tiles import BLOCK
+
+__all__ = ["double"]
+ROWS = 128  # a tile's
+
+
+@triton.jit
+def _double_kernel(p_x, N: tl.constexpr):
+    """Twice."""
+    tl.store(p_x, 2.0 * tl.load(p_x))
+
+
+def double(x, *, name=None):
+    from .launch import grid
+
+    _double_kernel[grid(x, ROWS)](x)
+    return f"{name!r}: {x.shape[0]:>8}"
+'''
+LAUNCHER = KERNEL.index("def double")
+
+
+@pytest.fixture
+def digest(tmp_path, monkeypatch):
+    """The digest of a package with the given files, all of which are behind the figure unless entries name others."""
+
+    def digest_of(files: dict[str, str], *entries: str) -> str:
+        monkeypatch.setattr(measure, "ROOT", tmp_path)
+        for name, text in files.items():
+            folder = tmp_path / ("csrc" if name.endswith(".cpp") else "powerflow_fast")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        listed = [f"{'csrc' if name.endswith('.cpp') else 'package'}/{name}" for name in files]
+        monkeypatch.setitem(measure.SOURCES, ("op", "torch"), entries or tuple(listed))
+        return measure.source_digest("op", "torch", package=tmp_path / "powerflow_fast")
+
+    return digest_of
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"other.py": KERNEL},
+        {"ops/launch.py": KERNEL[LAUNCHER:], "kernel.py": KERNEL[:LAUNCHER]},
+        {"one.py": KERNEL.replace("  # a tile's", "").replace('"""Twice."""', '"""Two times x."""')},
+        {"one.py": KERNEL.replace(".launch", "..room.grids").replace("import triton", "import triton\nimport os")},
+        {"one.py": KERNEL.replace("__all__", "if TYPE_CHECKING:\n    from torch import Tensor\n__all__")},
+        {"one.py": KERNEL.replace('["double"]', "[]"), "two.py": 'ROWS = 128\n"""Rows of a tile."""\n'},
+        {"one.py": KERNEL.replace("(p_x, N: tl.constexpr)", "(\n    p_x,\n    N: tl.constexpr,\n)")},
+    ],
+    ids=["renamed", "split", "docs", "imports", "types", "duplicate", "layout"],
+)
+def test_a_move_of_code_keeps_the_digest(digest, files):
+    assert digest(files) == digest({"one.py": KERNEL})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("128", "64"),
+        ("2.0", "2"),
+        ("@triton.jit", "@triton.jit(debug=True)"),
+        ("@triton.jit", "@triton.autotune\n@triton.jit"),
+        ("N: tl.constexpr", "N"),
+        ("*, name=None", "*, name"),
+        ("(x, ROWS)", "(ROWS, x)"),
+        (">8", ">9"),
+        ("    _double_kernel[grid(x, ROWS)](x)\n", ""),
+    ],
+)
+def test_a_change_of_code_changes_the_digest(digest, old, new):
+    assert KERNEL.count(old) == 1
+    assert digest({"one.py": KERNEL.replace(old, new)}) != digest({"one.py": KERNEL})
+
+
+def test_some_definitions_of_a_file(digest):
+    """What an operation uses may lie beside what it doesn't."""
+    alone = digest({"one.py": "A: int = 1\ndef f(): return A\nregister(f)"})
+    beside = "from x import y\ndef g(): return {}\ndef f(): return A\nA: int = {}\nregister(f)"
+    assert digest({"two.py": beside.format(2, 1)}, "package/two.py:f,A") == alone
+    assert digest({"two.py": beside.format(3, 1)}, "package/two.py:A,f") == alone
+    assert digest({"two.py": beside.format(2, 2)}, "package/two.py:A,f") != alone
+    with pytest.raises(ValueError, match=r"package/two\.py does not define h"):
+        digest({"two.py": beside}, "package/two.py:f,h")
+
+
+def test_the_digest_of_c_code(digest):
+    code = '#include "a.h"\n// doubles\nvoid f(float* x) {\n  *x *= 2;  /* in\n place */\n  say("// %f", *x);\n}\n'
+    same = '#include "b.h"\n\nvoid f(float* x) { *x *= 2;\n say("// %f", *x); }'
+    assert digest({"a.cpp": code}) == digest({"b.cpp": same})
+    assert digest({"a.cpp": code}) != digest({"a.cpp": code.replace("2", "3")})
+    assert digest({"a.cpp": code}) != digest({"a.cpp": code.replace("// %f", "// %g")})
+
+
+def test_the_digest_is_that_of_any_python(digest):
+    """The committed rows are read by all versions, whose syntax trees differ in details."""
+    code = KERNEL + "class C(list):\n    x: int = -1\n    y = {**{}, 1: None}[...]\n"
+    assert digest({"one.py": code}) == "089e50be4a9d"
 
 
 def test_rehearsals_are_never_published(rehearsal, published):
@@ -285,6 +422,16 @@ def test_defeats_are_listed(sweep):
     assert "|  | naive: 0.5 MiB, ours 256 MiB |" in render.defeats(smaller)
     both = [row | {"provider": "trl chunked", "kind": "peer"} for row in lost if row["provider"] == "naive"]
     assert "ours 512 ms, 1 more |" in render.defeats(lost + both)
+
+
+def test_products_give_a_ratio_by_their_rate_or_by_their_row(sweep):
+    own, naive, bare = sweep[:3]
+    case = {row["provider"]: row for row in (own, naive, bare)}
+    assert results.over_floor(naive, case) == pytest.approx(2 / 0.9)
+    alone = {"naive": naive}
+    assert results.over_floor(naive, alone) is None and render.floor_ratio(naive, alone) == ""
+    naive["floor_tflops"] = naive["useful_flop"] / (naive["ms_p50"] / 4) / 1e9
+    assert render.floor_ratio(naive, alone) == render.floor_ratio(naive, case) == "4.00"
 
 
 def test_images_in_the_tables_exist(tmp_path, sweep):

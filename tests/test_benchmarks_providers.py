@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 
@@ -167,18 +168,18 @@ def test_one_pass_loss_takes_three_products():
 
 
 # Checks of arguments and imports: a change there changes no figure.
-NO_FIGURE = {"__init__.py", "dispatch.py", "_extension.py", "errors.py", "objective_registry.py"}
+NO_FIGURE = {f"package/{name}.py" for name in ("__init__", "dispatch", "_extension", "errors", "objective_registry")}
 
 
-def files_executed(call) -> set[str]:
-    """Names of the package's files in which a Python function runs during ``call``."""
+def definitions_executed(call) -> set[tuple[str, str]]:
+    """(file as `measure.SOURCES` names it, definition) of every Python function of ours that runs during ``call``."""
     package = Path(measure.powerflow_fast.__file__).resolve().parent
-    seen = set()
+    kernels = Path(measure.powerflow_fast.kernels.__path__[0]).resolve()
+    lines = set()
 
     def note(frame, event, argument):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_absolute() and path.resolve().is_relative_to(package):
-            seen.add(path.name)
+        if event == "call":
+            lines.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -186,7 +187,23 @@ def files_executed(call) -> set[str]:
         call()
     finally:
         sys.setprofile(before)
+    seen = set()
+    for path, line in sorted(lines):
+        path = Path(path).resolve()
+        for name, folder in (("kernels", kernels), ("package", package)):
+            if path.is_file() and path.is_relative_to(folder):
+                file = f"{name}/{path.relative_to(folder).as_posix()}"
+                seen |= {(file, definition) for definition in definitions_at(path, line)}
+                break
     return seen
+
+
+def definitions_at(path: Path, line: int) -> set[str]:
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        first = min(part.lineno for part in (statement, *getattr(statement, "decorator_list", ())))
+        if first <= line <= statement.end_lineno:
+            return measure.defined_names(statement)
+    return set()
 
 
 @pytest.mark.parametrize(
@@ -200,12 +217,17 @@ def files_executed(call) -> set[str]:
     ],
 )
 def test_the_digest_covers_what_runs(op, make):
-    """A figure of ours is marked as out of date when any file changes that it rests on."""
+    """A figure of ours is marked as out of date when any definition changes that it rests on."""
     step = make()
     step()
-    listed = {name.split("/")[1] for name in measure.SOURCES[op, "torch"]}
-    ran = files_executed(step)
-    assert ran and ran - NO_FIGURE <= listed, f"add to measure.SOURCES: {ran - NO_FIGURE - listed}"
+    ran = {(file, name) for file, name in definitions_executed(step) if file not in NO_FIGURE}
+    listed = dict(entry.partition(":")[::2] for entry in measure.SOURCES[op, "torch"])
+    missing = {
+        f"{file}:{name}"
+        for file, name in ran
+        if file not in listed or (listed[file] and name not in listed[file].split(","))
+    }
+    assert ran and not missing, f"add to measure.SOURCES: {missing}"
 
 
 def head_step_of(mode):
