@@ -55,7 +55,6 @@ _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until t
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 LOG2E = gl.constexpr(1.4426950408889634)
 TILE_N, TILE_V = 128, 256
-DEPTH = gl.constexpr(64)  # of a step: 128 bytes, the copy engine's and wgmma's widest swizzle
 ROWS = gl.constexpr(TILE_N // 2)  # one consumer's
 WIDTH = gl.constexpr(TILE_V)
 HALF = gl.constexpr(TILE_V // 2)
@@ -69,18 +68,20 @@ REGISTERS = gl.constexpr([240, 24])
 
 
 class Plan(NamedTuple):
-    """Stages of the ring, steps between the two consumers, and row tiles that share a sweep over the columns."""
+    """Depth of a step (64 is the widest swizzle), stages of the ring, steps between the two consumers, and row tiles
+    that share a sweep over the columns."""
 
+    depth: int = 64
     stages: int = 4
     stagger: int = 2
     group: int = 16
 
     def fit(self, hidden_size: int) -> Plan:
         """With the stagger that so many steps allow (the turn barrier's condition in the module's docstring)."""
-        return self if triton.cdiv(hidden_size, DEPTH.value) > self.stages else self._replace(stagger=0)
+        return self if triton.cdiv(hidden_size, self.depth) > self.stages else self._replace(stagger=0)
 
 
-PLAN = Plan()
+PLAN = Plan()  # a launch's, where it names none
 
 
 class Ring(NamedTuple):
@@ -128,6 +129,7 @@ def _tiles_of_program(count, V):
 def _produce(hidden, weight, p_tiles, V, H, ring, GROUP: gl.constexpr):
     """The producer: for each tile and step, each consumer's box of rows and the box of columns that they share."""
     STAGES: gl.constexpr = ring.full.shape[0]
+    DEPTH: gl.constexpr = ring.columns.shape[2]
     BYTES: gl.constexpr = (2 * ROWS + WIDTH) * DEPTH * 2
     count = gl.load(p_tiles)
     steps = gl.cdiv(H, DEPTH)
@@ -239,7 +241,7 @@ def _consume_rest(inputs, ring, w: gl.constexpr, GROUP: gl.constexpr, STAGGER: g
     """Warpgroup w of `_rest_tile_sm90_kernel`."""
     p_label, p_tiles, o_partial, N, V, H, plane, pre = inputs
     count = gl.load(p_tiles)
-    steps = gl.cdiv(H, DEPTH)
+    steps = gl.cdiv(H, ring.columns.shape[2])
     to_log2 = pre * LOG2E
     for j in range(_tiles_of_program(count, V)):
         acc = _first_step(j, steps, ring, w, STAGGER)
@@ -267,7 +269,7 @@ def _consume_exps(inputs, ring, out_boxes, w: gl.constexpr, GROUP: gl.constexpr,
     """Warpgroup w of `_exp_tile_sm90_kernel`. Half a tile at a time goes out through ``out_boxes[w]``."""
     p_label, p_active, p_anchor, p_tiles, exps, o_exp, o_partial, N, V, H, plane, stride_exp, pre = inputs
     count = gl.load(p_tiles)
-    steps = gl.cdiv(H, DEPTH)
+    steps = gl.cdiv(H, ring.columns.shape[2])
     to_log2 = pre * LOG2E
     box = out_boxes.index(w)
     for j in range(_tiles_of_program(count, V)):
@@ -311,7 +313,7 @@ def _consume_gradients(inputs, ring, out_boxes, w: gl.constexpr, GROUP: gl.const
     """Warpgroup w of `_gradient_tile_sm90_kernel`. Half a tile at a time goes out through ``out_boxes[w]``."""
     p_label, p_factor, p_max, p_sum, p_tiles, grad, N, V, H, first, pre = inputs
     count = gl.load(p_tiles)
-    steps = gl.cdiv(H, DEPTH)
+    steps = gl.cdiv(H, ring.columns.shape[2])
     to_log2 = pre * LOG2E
     box = out_boxes.index(w)
     for j in range(_tiles_of_program(count, V)):
@@ -337,6 +339,7 @@ def _consume_gradients(inputs, ring, out_boxes, w: gl.constexpr, GROUP: gl.const
 @gluon.jit
 def _ring(hidden, weight, STAGES: gl.constexpr):
     """The stages and their barriers, before any partition starts."""
+    DEPTH: gl.constexpr = hidden.block_type.shape[1]
     rows = gl.allocate_shared_memory(hidden.dtype, [2 * STAGES, ROWS, DEPTH], hidden.layout)
     columns = gl.allocate_shared_memory(weight.dtype, [STAGES, WIDTH, DEPTH], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -441,18 +444,18 @@ def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
-def _prepared(hidden: Tensor, weight: Tensor, plan: Plan, sms: int) -> tuple[tuple, tuple, dict[str, int]]:
+def _prepared(hidden: Tensor, weight: Tensor, plan: Plan | None, sms: int) -> tuple[tuple, tuple, dict[str, int]]:
     """Grid, operands and options of a launch: a program for each multiprocessor that has a tile."""
     (n, h), v = hidden.shape, weight.shape[0]
-    plan = plan.fit(h)
+    plan = (plan or PLAN).fit(h)
     grid = (min(sms, triton.cdiv(n, TILE_N) * triton.cdiv(v, TILE_V)),)
-    operands = _box(hidden, ROWS.value, DEPTH.value), _box(weight, WIDTH.value, DEPTH.value)
+    operands = _box(hidden, ROWS.value, plan.depth), _box(weight, WIDTH.value, plan.depth)
     return grid, operands, {"STAGES": plan.stages, "STAGGER": plan.stagger, "GROUP": plan.group, "num_warps": 4}
 
 
 def rest_tiles(
     hidden: Tensor, weight: Tensor, labels: Tensor, tiles: Tensor, partial: Tensor, pre: float,
-    *, sms: int, plan: Plan = PLAN,
+    *, sms: int, plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """Fills ``partial`` (2, ceil(V / 256), N or more) as `_rest_tile_kernel` does in the row tiles of the list
     ``tiles`` (`active_tiles`), for operands whose rows start at multiples of 16 bytes (`launch.readable`)."""
@@ -463,7 +466,7 @@ def rest_tiles(
 
 def exp_tiles(
     hidden: Tensor, weight: Tensor, labels: Tensor, active: Tensor, tiles: Tensor, anchor: Tensor, exps: Tensor,
-    partial: Tensor, pre: float, *, sms: int, plan: Plan = PLAN,
+    partial: Tensor, pre: float, *, sms: int, plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """Fills ``exps`` (N or more, V or more; rows at multiples of 16 bytes) and ``partial`` (2, ceil(V / 256), N or
     more) as `_exp_tile_kernel` does. ``tiles`` is `active_tiles` of ``active``."""
@@ -477,7 +480,7 @@ def exp_tiles(
 
 def gradient_tiles(
     hidden: Tensor, weight: Tensor, labels: Tensor, factor: Tensor, tiles: Tensor, top: Tensor, others_sum: Tensor,
-    grad: Tensor, first: int, pre: float, *, sms: int, plan: Plan = PLAN,
+    grad: Tensor, first: int, pre: float, *, sms: int, plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """Fills ``grad`` (N, V; rows at multiples of 16 bytes) as `_logit_gradient_kernel` does for the V entries from
     ``first`` on that ``weight`` holds. ``tiles`` is `active_tiles` of ``factor != 0``; the other row tiles get 0."""

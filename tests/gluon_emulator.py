@@ -86,6 +86,10 @@ class Descriptor(NamedTuple):
     layout: object
     dtype: torch.dtype
 
+    @property
+    def block_type(self):
+        return types.SimpleNamespace(shape=self.block_shape)
+
 
 class Machine:
     """One program's run: the stand-ins that a kernel calls, and the events of each partition."""

@@ -1,11 +1,11 @@
 """Checks Hopper's own tile kernels against the library's Triton ones and times both, on an sm_90 GPU:
 
-    python benchmarks/candidates/check.py [--quick] [--staggers 1 2] [--groups 8 32] [--seed 1] [--out FOLDER]
+    python benchmarks/candidates/check.py [--quick] [--plans 64x4/2 32x8/4] [--groups 8 32] [--seed 1] [--out FOLDER]
 
-Each use (``rest``, ``exp``, ``grad``) at each stagger must give the library's numbers, leave alone what it must, and
-repeat its bits, at awkward shapes and at those that are timed; only then is it timed. The table comes last, rows go to
-``FOLDER/tile-kernels.jsonl``. A kernel that does not come back within seconds is named, left out, and the others go on
-in a new process. ``--quick`` times one shape.
+Each use (``rest``, ``exp``, ``grad``) by each plan, "depth of a step x stages / stagger", must give the library's
+numbers, leave alone what it must, and repeat its bits, at awkward shapes and at those that are timed; only then is it
+timed. The table comes last, rows go to ``FOLDER/tile-kernels.jsonl``. A kernel that does not come back within seconds
+is named, left out, and the others go on in a new process. ``--quick`` times one shape.
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ def largest(x: torch.Tensor) -> float:
 def worse(a: float, b: float) -> float:
     """The larger one, or the one that is no number."""
     return a if b <= a or a != a else b
+
+
+def parsed(plan: str) -> hopper_tiles.Plan:
+    """The plan of depth x stages / stagger."""
+    ring, stagger = plan.split("/")
+    return hopper_tiles.Plan(*map(int, ring.split("x")), int(stagger))
 
 
 class Case:
@@ -132,9 +138,9 @@ class Case:
             )  # fmt: skip
 
     def hopper(
-        self, kind: str, stagger: int, partial: torch.Tensor, out: torch.Tensor | None, group: int | None = None
+        self, kind: str, plan: str, partial: torch.Tensor, out: torch.Tensor | None, group: int | None = None
     ) -> None:
-        plan = hopper_tiles.PLAN._replace(stagger=stagger, group=group or hopper_tiles.PLAN.group)
+        plan = parsed(plan)._replace(group=group or hopper_tiles.PLAN.group)
         options = {"sms": self.sms, "plan": plan}
         inputs = self.x, self.w, self.labels
         if kind == "rest":
@@ -168,28 +174,28 @@ class Case:
                 errors[2] = worse(errors[2], largest((a - b).abs() / (a.abs() + floor)))
         return *errors, fine
 
-    def agrees(self, kind: str, stagger: int, expected: tuple) -> bool:
+    def agrees(self, kind: str, plan: str, expected: tuple) -> bool:
         """Whether Hopper's kernel gives the library's results, both times it runs."""
         ok, worst, first = True, (0.0, 0.0, 0.0), None
         try:
             for _ in range(2):
                 got = self.outputs(kind)
-                self.hopper(kind, stagger, *got)
-                finish(f"{kind}/{stagger}")
+                self.hopper(kind, plan, *got)
+                finish(f"{kind} {plan}")
                 *errors, fine = self.compare(kind, expected, got)
                 worst = tuple(worse(a, b) for a, b in zip(worst, errors, strict=True))
                 ok &= fine and (first is None or all(map(_equal, first, got)))
                 first = first or got
         except Exception as error:  # does not compile or launch here
-            say(f"ERROR {kind}/{stagger}: {type(error).__name__}: {str(error)[:300]}")
+            say(f"ERROR {kind} {plan}: {type(error).__name__}: {str(error)[:300]}")
             return False
         ok &= worst[0] < 1e-4 and worst[1] < 1e-4 and worst[2] < 0.01
         shape = f"N={self.n} V={self.v} H={self.h}"
         numbers = f"max {worst[0]:.1e}, sums {worst[1]:.1e}, elements {worst[2]:.1e}"
-        say(f"{'ok   ' if ok else 'WRONG'} {kind}/{stagger} at {shape}: {numbers}")
+        say(f"{'ok   ' if ok else 'WRONG'} {kind} {plan} at {shape}: {numbers}")
         return ok
 
-    def agreeing(self, variants: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    def agreeing(self, variants: list[tuple[str, str]]) -> list[tuple[str, str]]:
         good = []
         for kind in KINDS:
             chosen = [x for x in variants if x[0] == kind]
@@ -222,27 +228,27 @@ def product_ms(case: Case) -> float:
     return median_ms(lambda: torch.mm(case.x, case.w.t(), out=logits), "torch.mm")
 
 
-def right_at_awkward_shapes(variants: list[tuple[str, int]]) -> list[tuple[str, int]]:
+def right_at_awkward_shapes(variants: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The variants that stay."""
     for shape in AWKWARD:
         variants = Case(*shape).agreeing(variants)
     case = Case(*AWKWARD[0])
     case.active.zero_()  # only zeros are written, and nothing waits for a tile that never comes
     case.set_active()
-    for kind, stagger in list(variants):
+    for kind, plan in list(variants):
         got = case.outputs(kind)
-        case.hopper(kind, stagger, *got)
-        finish(f"{kind}/{stagger}")
+        case.hopper(kind, plan, *got)
+        finish(f"{kind} {plan}")
         expected = case.outputs(kind)
         if kind == "grad":
             expected[1][:, : case.v] = 0
         if not all(map(_equal, expected, got)):
-            say(f"WRONG {kind}/{stagger}: writes without an active row")
-            variants.remove((kind, stagger))
+            say(f"WRONG {kind} {plan}: writes without an active row")
+            variants.remove((kind, plan))
     return variants
 
 
-def time_all(variants: list[tuple[str, int]], shapes: tuple, groups: list[int], out: Path) -> None:
+def time_all(variants: list[tuple[str, str]], shapes: tuple, groups: list[int], out: Path) -> None:
     rows = []
 
     def note(v: int, h: int, kernel: str, variant: str, ms: float) -> None:
@@ -260,11 +266,11 @@ def time_all(variants: list[tuple[str, int]], shapes: tuple, groups: list[int], 
             outputs = case.outputs(kind)
             run = functools.partial(case.library, kind, *outputs)
             note(v, h, kind, "Triton", median_ms(run, f"the library's {kind}"))
-            for _, stagger in [x for x in good if x[0] == kind]:
+            for _, plan in [x for x in good if x[0] == kind]:
                 for group in (None, *groups):
-                    run = functools.partial(case.hopper, kind, stagger, *outputs, group)
-                    name = f"Hopper, stagger {stagger}" + (f", group {group}" if group else "")
-                    note(v, h, kind, name, median_ms(run, f"{kind}/{stagger}"))
+                    run = functools.partial(case.hopper, kind, plan, *outputs, group)
+                    name = f"Hopper {plan}" + (f", group {group}" if group else "")
+                    note(v, h, kind, name, median_ms(run, f"{kind} {plan}"))
             del outputs, run
         del case
         torch.cuda.empty_cache()
@@ -277,16 +283,16 @@ def time_all(variants: list[tuple[str, int]], shapes: tuple, groups: list[int], 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="time one shape")
-    parser.add_argument("--staggers", nargs="+", type=int, default=[1, 2], help="steps between the two consumers")
+    parser.add_argument("--plans", nargs="+", default=["64x4/2", "64x4/1", "32x8/4"], help="depth x stages / stagger")
     parser.add_argument("--groups", nargs="+", type=int, default=[], help="row tiles in a sweep, besides the default")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, default=Path("build"))
     parser.add_argument("--limit", type=float, default=180.0, help="seconds after which it ends")
-    parser.add_argument("--without", nargs="*", default=[], help="uses and staggers to leave out, as rest/2")
+    parser.add_argument("--without", nargs="*", default=[], help="what to leave out, as 'rest 64x4/2'")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    variants = [(kind, x) for x in options.staggers for kind in KINDS if f"{kind}/{x}" not in options.without]
+    variants = [(kind, x) for x in options.plans for kind in KINDS if f"{kind} {x}" not in options.without]
     if options.child:
         torch.manual_seed(options.seed)
         say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {options.seed}")
@@ -303,7 +309,7 @@ def main() -> int:
             print(line, end="", flush=True)
             hung = line.split("HANG in ")[1].strip() if "HANG in " in line else hung
         timer.cancel()
-        if child.wait() != HUNG or hung not in {f"{kind}/{x}" for kind, x in variants}:
+        if child.wait() != HUNG or hung not in {f"{kind} {x}" for kind, x in variants}:
             return child.returncode
         without.append(hung)
     return HUNG
