@@ -83,6 +83,9 @@ export python rehearse commit extra site work
 for archive in "$carry"/{first,second}/*.tar.xz; do
   [[ ! -f "$archive" ]] || { mkdir -p "$kept" && tar -C "$kept" -xJf "$archive" && echo "[$SECONDS s] unpacked $archive"; }
 done
+for archive in "$carry"/{,first/}triton-cache.tgz; do
+  [[ ! -f "$archive" ]] || tar -C "$TRITON_CACHE_DIR" -xzf "$archive"
+done
 compgen -G "$carry/powerflow_fast-*.whl" >/dev/null || exit 0
 trap finish EXIT
 if ! install "$site/own" "$carry"/powerflow_fast-*.whl >"$work/install.log" 2>&1; then
@@ -92,7 +95,6 @@ fi
 for file in "$carry"/peers/*.whl; do # one by one: a wheel that doesn't fit leaves the others
   install "$site/peers" "$file" >>"$work/install.log" 2>&1 || echo "not installed: $(basename "$file")"
 done
-[[ ! -f "$carry/triton-cache.tgz" ]] || tar -C "$TRITON_CACHE_DIR" -xzf "$carry/triton-cache.tgz"
 # the installed package, not this checkout's folder; the DSL's own .pth adds the second of its folders
 export PYTHONPATH="$PWD/$site/own:$kept:$kept/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}"
 echo "[$SECONDS s] installed; $("$python" -c 'import torch, triton; print(torch.__version__, triton.__version__)')"
@@ -105,16 +107,15 @@ for name in "${parts[@]}"; do
     products) part products 30 120 "$python" benchmarks/product_rates.py --out "$work/tables" ;;
     tests) part tests 80 40 bash -c 'tests tests/gpu' ;;
     kernels) part kernels 45 130 "$python" benchmarks/kernel_times.py --out "$work/tables" ;;
-    tiles) part tiles 65 60 "$python" benchmarks/candidates/check.py --out "$work/tables" \
-      --variants staggered shared "loop 128x256" ;;
+    tiles) part tiles 65 60 "$python" benchmarks/candidates/check.py --out "$work/tables" --plans 64x4/2 32x8/4 --limit 60 ;;
     headlines)
       IFS=, read -ra names <<<"$few"
-      part headlines 60 60 bash -c 'run gpu gpu-loss la-tb --limit 3 --budget 0.4 --time-limit 20 --providers "$@"' _ "${names[@]}" ;;
+      part headlines 60 60 bash -c 'run gpu-loss gpu la-tb --limit 2 --budget 0.4 --time-limit 20 --providers "$@"' _ "${names[@]}" ;;
     suites) part suites 180 80 bash -c 'run gpu gpu-loss --budget 1 --time-limit 80 --without "naive compiled"' ;;
     la-tb) part la-tb 40 30 bash -c 'run la-tb --budget 1' ;;
     update) part update 90 30 bash -c 'run gpu-update --budget 10 --max-reps 3 --time-limit 60' ;;
     sweeps) part sweeps 60 60 bash -c 'run gpu-n --budget 0.5 --time-limit 40 --without "naive compiled" "verl triton"' ;;
-    trainer) part trainer 60 30 bash -c 'work=$work/trainer tests tests/test_{trainer,resume,update,packing,self_check,models,checkpoint}.py' ;;
+    trainer) part trainer 50 40 bash -c 'work=$work/trainer tests tests/test_{trainer,resume,update,packing,self_check,models,checkpoint}.py' ;;
     *) echo "no such part: $name" ;;
   esac
 done

@@ -34,13 +34,14 @@ def on_top_of(load: Callable[[torch.device], Callable[..., Tensor]]) -> Callable
     return load_loss
 
 
-def one_pass(backend: str) -> Callable[[torch.device], Loss]:
+def one_pass(backend: str, cache_bytes: int | None = None) -> Callable[[torch.device], Loss]:
     def load(device: torch.device) -> Loss:
         resolve_backend(backend, device, torch.float32)
 
         def loss(hidden: Tensor, weight: Tensor, labels: Tensor, terms: LossTerms, log_z: Tensor) -> Tensor:
             sequences = (labels, terms.cu_seqlens, terms.base_logps, log_z)
-            return linear_la_tb_loss(hidden, weight, *sequences, **terms.options(), backend=backend).loss
+            options = {**terms.options(), "backend": backend, "cache_bytes": cache_bytes}
+            return linear_la_tb_loss(hidden, weight, *sequences, **options).loss
 
         return loss
 
@@ -59,14 +60,16 @@ def load_composed(device: torch.device) -> Loss:
 
 OURS = [
     Provider("powerflow_fast one pass", "powerflow_fast", one_pass("auto"), (3,), "auto"),
+    Provider("powerflow_fast one pass 512 MiB", "powerflow_fast", one_pass("auto", 2**29), (3,), "auto"),
     Provider("powerflow_fast one pass torch", "powerflow_fast", one_pass("torch"), (3,), "torch"),
     Provider("powerflow_fast composed", "powerflow_fast", load_composed, (4,), "auto"),
 ]
 
 
 def loss_providers(device: torch.device, dtype: str) -> list[Provider]:
-    """Ours (on a CPU ``auto`` is the torch backend), and every other provider of the head with the loss on top."""
-    ours = [p for p in OURS if device.type != "cpu" or p.backend != "torch"]
+    """Ours (on a CPU ``auto`` is the torch backend, with a smaller cache), and every other provider of the head with
+    the loss on top."""
+    ours = [p for p in OURS if device.type != "cpu" or not p.name.endswith(("torch", "MiB"))]
     others = [p for p in default_head_providers(device, dtype) if p.kind != "ours"]
     return ours + [p if p.kind == "floor" else dataclasses.replace(p, load=on_top_of(p.load)) for p in others]
 

@@ -1,10 +1,9 @@
 """Hopper's own versions of the three logit tile kernels, in Gluon: persistent and warp-specialised.
 
 One program per multiprocessor walks over logit tiles of 128 x 256. A producer warp keeps a ring of operand stages full
-through the copy engine, across tile boundaries. Two consumer warpgroups, 64 rows of each tile apiece, multiply (wgmma)
-and turn the products into results. The second starts each tile ``stagger`` steps after the first, and the ring holds
-that distance: so the first's epilogue, bound by the exponentials' unit, lies under the second's last products, and the
-second's under the first's next ones.
+through the copy engine, across tiles. Two consumer warpgroups, 64 rows of a tile apiece, multiply and turn products into
+results. The second starts each tile ``stagger`` steps after the first, and the ring holds that distance: the first's
+epilogue, bound by the exponentials' unit, lies under the second's last products, and the second's under the first's next.
 
 What is computed, and the layout of the results, are those of `_rest_tile_kernel`, `_exp_tile_kernel` and
 `_logit_gradient_kernel` without bias and softcap (`supported`).
@@ -31,6 +30,7 @@ tests/test_hopper_tiles.py walks through every order in which these events can h
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -438,10 +438,15 @@ def _zero_tiles_kernel(p_factor, o_grad, N, V, stride_grad, BLOCK_N: tl.constexp
                 tl.store(out + cols[None, :], nothing, mask=(i < N)[:, None] & (cols < V)[None, :])
 
 
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a box in shared memory; kept, since making it costs the host as much as a launch."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
+
+
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor of ``rows x columns`` boxes of ``x``; reading, a box is 0 outside of ``x``; writing, cut off."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _layout(rows, columns, x.dtype))
 
 
 def _prepared(hidden: Tensor, weight: Tensor, plan: Plan | None, sms: int) -> tuple[tuple, tuple, dict[str, int]]:

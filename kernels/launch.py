@@ -20,9 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from powerflow_fast.kernels.types import LogitTransform
 
 SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a gradient needs at a time
-# Whether sm_90 runs the kernels of hopper_tiles where those can stand in for the Triton tile kernels. Off until a GPU
-# has shown them right and faster (benchmarks/candidates/check.py).
-HOPPER_TILES = False
+# Whether sm_90 runs the kernels of hopper_tiles where those can stand in for the Triton tile kernels: right and 1.0 to
+# 1.6 times as fast on an H200 (benchmarks/candidates/check.py).
+HOPPER_TILES = True
 SCRATCH_ROWS = 8192  # rows per forward launch: bounds the gathered rows and the partial sums; 64 row tiles fill any GPU
 
 
@@ -96,17 +96,16 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def plan_rows(num_rows: int, row_bytes: int, hidden_size: int, tile: Tile, sms: int) -> int:
-    """Rows per chunk so that a ``[rows, V]`` buffer keeps to SCRATCH_BYTES (one tile's rows at the least) and the
-    chunks' ``[rows, H]`` products, cut into 128 x 256 tiles, take the fewest waves over the multiprocessors in all."""
-    blocks = triton.cdiv(num_rows, tile.block_n)
-    most = min(blocks, max(1, SCRATCH_BYTES // (row_bytes * tile.block_n)))
+def plan_rows(num_rows: int, row_bytes: int, tile: Tile) -> int:
+    """Rows per chunk, a multiple of the tile, so that a ``[rows, V]`` buffer keeps to SCRATCH_BYTES (one tile at the
+    least) and the chunks come out of one size.
 
-    def waves(count: int) -> int:
-        return triton.cdiv(triton.cdiv(count * tile.block_n, 128) * triton.cdiv(hidden_size, 256), sms)
-
-    size = min(range(1, most + 1), key=lambda size: (blocks // size * waves(size) + waves(blocks % size), -size))
-    return min(num_rows, size * tile.block_n)
+    How many there are hardly matters to the ``[rows, V] @ [V, H]`` product: where its tiles are too few for the
+    device, cuBLAS splits the sum (benchmarks/product_rates.py: within 5 % of all rows at once on an H200).
+    """
+    most = max(1, SCRATCH_BYTES // (row_bytes * tile.block_n)) * tile.block_n
+    chunks = triton.cdiv(num_rows, most)
+    return min(num_rows, triton.cdiv(triton.cdiv(num_rows, chunks), tile.block_n) * tile.block_n)
 
 
 def plan_columns(num_columns: int, column_bytes: int, tile: Tile) -> int:
@@ -154,8 +153,11 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 def add_matmul_fp32_(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
     """``total += a @ b``, summed in float32 and without a float32 copy of the operands on a GPU; ``total = a @ b``,
     whatever it held, if fresh."""
+    if fresh and total.dtype == a.dtype and a.is_cuda:  # cuBLAS sums in float32 and rounds once
+        torch.mm(a, b, out=total)
+        return
     if total.dtype != torch.float32:  # in pieces: a float32 product of a head's size would be the peak
-        rows = max(1, SCRATCH_BYTES // (4 * total.shape[1]))
+        rows = max(1, SCRATCH_BYTES // (4 * total.shape[1]) // 128) * 128  # transposed operands stay aligned
         for part, its in zip(total.split(rows), a.split(rows), strict=True):
             product = matmul_fp32(its, b)
             part.copy_(product) if fresh else part.add_(product)

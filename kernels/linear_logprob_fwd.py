@@ -348,8 +348,8 @@ def _exponentials(
     hopper = hopper_tiles_for(hidden, bias, transform)
     for again in (False, True):
         if again:
-            _reanchor_kernel[(triton.cdiv(n, 64),)](
-                partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=64, BLOCK_T=32
+            _reanchor_kernel[(triton.cdiv(n, 16),)](
+                partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=16, BLOCK_T=128
             )
         if hopper:
             hopper.exp_tiles(
@@ -411,8 +411,8 @@ def linear_logprob_fwd(
                 count, v, h, plane, chunk.stride(0), weight.stride(0), pre, post,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, STATS=stats, **tile.meta(),
             )  # fmt: skip
-        _combine_kernel[(triton.cdiv(count, 64),)](
-            partial, logit, active, part, out, count, v, tiles, plane, n, BLOCK_N=64, BLOCK_T=32, STATS=stats
+        _combine_kernel[(triton.cdiv(count, 16),)](
+            partial, logit, active, part, out, count, v, tiles, plane, n, BLOCK_N=16, BLOCK_T=128, STATS=stats
         )
     return ForwardOutput(*out)
 
@@ -444,7 +444,7 @@ def linear_logprob_fwd_d_hidden(
     if n == 0:
         return logp, d_hidden
     width = kept_width(v)
-    size = plan_rows(n, width * hidden.element_size(), h, tile, num_sms(hidden.device))
+    size = plan_rows(n, width * hidden.element_size(), tile)
     tiles = triton.cdiv(v, tile.block_v)
     exps = hidden.new_empty(size, width)
     partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
@@ -492,10 +492,10 @@ def linear_logprob_fwd_exps(
     if n:
         no_row = torch.iinfo(torch.int64).min  # nothing is ignored: a label that is wrong gives NaN
         logit, bend, anchor = _exponentials(hidden, weight, labels, bias, transform, no_row, exps, partial, tile)
-        _keep_rows_kernel[(triton.cdiv(n, 64),)](
+        _keep_rows_kernel[(triton.cdiv(n, 16),)](
             partial, logit, bend, anchor, labels, logp, scale, exps,
             n, v, tiles, partial.stride(0), exps.stride(0), logit_factors(transform)[2],
-            BLOCK_N=64, BLOCK_T=32, HAS_SOFTCAP=softcap,
+            BLOCK_N=16, BLOCK_T=128, HAS_SOFTCAP=softcap,
         )  # fmt: skip
     return RowExponentials(logp, exps[:, :v], scale)
 

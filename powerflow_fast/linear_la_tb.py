@@ -33,6 +33,7 @@ __all__ = ["linear_la_tb_loss"]
 # Rows per chunk that the products need to run at full speed, and bytes that hold as many for vocabularies of today.
 _FEWEST_ROWS = 128
 _CACHE_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+_WHOLE_BYTES = 2 * 2**30  # of exponentials on a GPU that has 16 times as much, where that makes one chunk of all rows
 
 _NO_LABEL = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
 
@@ -80,8 +81,9 @@ def linear_la_tb_loss(
         alpha, clip, importance_level, num_sequences: as in ``la_tb_loss``.
         cache_bytes: bound on the exponentials that wait for their factor, V elements per row in hidden's dtype (fp32 on
             a CPU that doesn't multiply bf16 natively). None: 256 MiB on a CPU, 1 GiB on a GPU; for bf16 also as much as
-            holds all rows, where the sums of 4·V·H bytes that this saves are as large. Completions are cut into chunks
-            that fit; a completion (or, without log_z, a group) that is too long for one is recomputed.
+            holds all rows, where that is at most so many bytes (2 GiB on a GPU with 32 GiB or more) and the sums of
+            4·V·H bytes that it saves. Completions are cut into chunks that fit; a completion (or, without log_z, a
+            group) that is too long for one is recomputed.
 
     Returns:
         LATBOutput: loss () and detached delta, weight, logp_mean (B,).
@@ -114,11 +116,7 @@ def linear_la_tb_loss(
         )
     implementation = implementation_for(backend, hidden)
     if cache_bytes is None:
-        cache_bytes = _CACHE_BYTES.get(hidden.device.type, _CACHE_BYTES["cuda"])
-        # Rows that are one chunk need no sums beside the gradient of the head: as many bytes may hold exponentials.
-        whole = hidden.shape[0] * kept_width(weight.shape[0]) * implementation.kept_dtype(hidden).itemsize
-        if hidden.dtype == torch.bfloat16 and whole <= cache_bytes + 4 * weight.numel():
-            cache_bytes = max(cache_bytes, whole)
+        cache_bytes = default_cache_bytes(hidden, weight, implementation)
     check_cache_bytes(op, cache_bytes)
 
     host_cu_seqlens, host_group_ids = cu_seqlens, None
@@ -155,6 +153,21 @@ def linear_la_tb_loss(
     if log_z is None:
         log_z = call.group_log_z(logps.detach(), 0, len(base_logps))
     return call.loss(op, logps, log_z, 0, len(base_logps), num_sequences)
+
+
+def default_cache_bytes(hidden: Tensor, weight: Tensor, implementation: object) -> int:
+    """As `linear_la_tb_loss` says of ``cache_bytes``. What the device has counts, not what is free at the moment: the
+    chunks show in the last bits of the gradients, and those are to be the same on every run."""
+    device = hidden.device
+    usual = _CACHE_BYTES.get(device.type, _CACHE_BYTES["cuda"])
+    if hidden.dtype != torch.bfloat16:
+        return usual
+    # Rows that are one chunk need no sums beside the gradient of the head: as many bytes may hold exponentials.
+    most = usual
+    if device.type == "cuda":
+        most = max(usual, min(_WHOLE_BYTES, torch.cuda.get_device_properties(device).total_memory // 16))
+    whole = hidden.shape[0] * kept_width(weight.shape[0]) * implementation.kept_dtype(hidden).itemsize
+    return max(usual, whole) if whole <= most + 4 * weight.numel() else usual
 
 
 @dataclasses.dataclass(frozen=True)

@@ -258,6 +258,7 @@ def time_all(variants: list[tuple[str, str]], shapes: tuple, groups: list[int], 
         product = next((row["ms"] for row in rows if row["v"] == v and row["kernel"] == "product"), ms)
         row = {"v": v, "h": h, "kernel": kernel, "variant": variant, "ms": ms, "tflops": 2 * 8192 * v * h / ms / 1e9}
         rows.append(row | {"ratio": ms / product})
+        say(f"V={v} H={h} {kernel} {variant}: {ms:.3f} ms, {ms / product:.3f} of mm")
         with open(out / "tile-kernels.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"n": 8192, "device": torch.cuda.get_device_name(), **rows[-1]}) + "\n")
 
