@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A GPU machine that is had for minutes and has no network: install, test and measure in one call.
 #
-#   OUT=folder bash benchmarks/gpu.sh call1|call2|PART ... [--carry FOLDER] [--commit HASH] [--rehearse] [--run "..."]
+#   OUT=folder bash benchmarks/gpu.sh call1|call2|PART ... [--carry FOLDER] [--commit HASH] [--seconds N] [--rehearse] [--run ".."]
 #
 # Needs a python3 (or $PYTHON) with torch for CUDA, triton, pytest, pytest-timeout and pytest-xdist; the parts that
 # train need transformers and accelerate. FOLDER (default .carry, `prepare_gpu.sh` makes it) has the package's wheel,
@@ -19,15 +19,16 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-carry=.carry commit="" rehearse="" extra="" parts=()
+carry=.carry commit="" rehearse="" extra="" seconds=540 parts=()
 while (($#)); do
   case "$1" in
     --carry) carry="$2"; shift 2 ;;
     --commit) commit="$2"; shift 2 ;;
-    --run) extra="$2"; shift 2 ;; # more arguments of run.py
+    --seconds) seconds="$2"; shift 2 ;; # that all parts may take
+    --run) extra="$2"; shift 2 ;;       # more arguments of run.py
     --rehearse) rehearse=1; shift ;;
     call1) parts+=(products tests kernels headlines tiles); shift ;;
-    call2) parts+=(tests suites la-tb update kernels sweeps trainer); shift ;;
+    call2) parts+=(tests loss head update la-tb trainer kernels sweeps); shift ;;
     *) parts+=("$1"); shift ;;
   esac
 done
@@ -39,18 +40,29 @@ export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$PWD/build/triton-cache"
 mkdir -p "$TRITON_CACHE_DIR"
 report=()
 
+save() { # what there is so far: a call that is cut off leaves it
+  tar -C "$work" -czf "$OUT/results.part" . && mv "$OUT/results.part" "$OUT/results.tgz"
+}
+
 finish() {
   printf '%s\n' "" "${report[@]}"
   "$python" benchmarks/render.py --results "$work/rows" --summary 2>&1 | cut -c1-420
-  tar -C "$work" -czf "$OUT/results.tgz" . 
-  tar -C "$TRITON_CACHE_DIR" -czf "$OUT/triton-cache.tgz" . 
+  save
+  # a few files of a kernel are enough to load it
+  tar -C "$TRITON_CACHE_DIR" --exclude='*.llir' --exclude='*.ptx' --exclude='*.ttir' -czf "$OUT/triton-cache.tgz" .
 }
 
 part() { # part NAME SECONDS LINES COMMAND ...: at most SECONDS; the log's last LINES lines are shown
   local name="$1" limit="$2" lines="$3" start=$SECONDS status
   shift 3
+  ((limit < seconds - SECONDS)) || limit=$((seconds - SECONDS))
+  if ((limit < 8)); then
+    report+=("$(printf '%-12s left out: no time' "$name")")
+    return
+  fi
   timeout --kill-after=5 "$limit" "$@" >"$work/$name.log" 2>&1
   status=$?
+  save
   report+=("$(printf '%-12s exit %-4s %4s s of %s' "$name" "$status" "$((SECONDS - start))" "$limit")")
   echo "== [$SECONDS s] ${report[-1]}"
   tail -n "$lines" "$work/$name.log" | cut -c1-220
@@ -64,7 +76,7 @@ install() { # install FOLDER FILE ...
 
 tests() { # tests ARGUMENT ...; not `python -m pytest`: kernels/ would shadow a package of that name
   local workers=()
-  [[ -n "$rehearse" ]] || workers=(-n 12)
+  [[ -n "$rehearse" ]] || workers=(-n 16)
   "$python" -c "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))" \
     -q -p no:cacheprovider --timeout 60 --no-header "${workers[@]}" --junitxml "$work/tests.xml" "$@"
 }
@@ -111,11 +123,12 @@ for name in "${parts[@]}"; do
     headlines)
       IFS=, read -ra names <<<"$few"
       part headlines 60 60 bash -c 'run gpu-loss gpu la-tb --limit 2 --budget 0.4 --time-limit 20 --providers "$@"' _ "${names[@]}" ;;
-    suites) part suites 180 80 bash -c 'run gpu gpu-loss --budget 1 --time-limit 80 --without "naive compiled"' ;;
-    la-tb) part la-tb 40 30 bash -c 'run la-tb --budget 1' ;;
-    update) part update 90 30 bash -c 'run gpu-update --budget 10 --max-reps 3 --time-limit 60' ;;
-    sweeps) part sweeps 60 60 bash -c 'run gpu-n --budget 0.5 --time-limit 40 --without "naive compiled" "verl triton"' ;;
-    trainer) part trainer 50 40 bash -c 'work=$work/trainer tests tests/test_{trainer,resume,update,packing,self_check,models,checkpoint}.py' ;;
+    loss) part loss 80 40 bash -c 'run gpu-loss --budget 0.6 --time-limit 55 --without "naive compiled" "verl triton"' ;;
+    head) part head 80 80 bash -c 'run gpu --budget 0.5 --time-limit 60 --without "naive compiled" "verl triton" "liger scaled CE"' ;;
+    update) part update 60 30 bash -c 'run gpu-update --budget 8 --min-reps 2 --max-reps 3 --time-limit 40' ;;
+    la-tb) part la-tb 25 20 bash -c 'run la-tb --budget 0.5 --time-limit 15' ;;
+    trainer) part trainer 50 60 bash -c 'work=$work/trainer tests --tb=line --session-timeout 40 tests/test_{trainer,update,resume}.py' ;;
+    sweeps) part sweeps 60 60 bash -c 'run gpu-n --budget 0.4 --time-limit 40 --without "naive compiled" "verl triton" "liger scaled CE"' ;;
     *) echo "no such part: $name" ;;
   esac
 done

@@ -1,9 +1,10 @@
 """Hopper's own versions of the three logit tile kernels, in Gluon: persistent and warp-specialised.
 
 One program per multiprocessor walks over logit tiles of 128 x 256. A producer warp keeps a ring of operand stages full
-through the copy engine, across tiles. Two consumer warpgroups, 64 rows of a tile apiece, multiply and turn products into
-results. The second starts each tile ``stagger`` steps after the first, and the ring holds that distance: the first's
-epilogue, bound by the exponentials' unit, lies under the second's last products, and the second's under the first's next.
+through the copy engine, across tiles. Two consumer warpgroups, 64 rows of a tile apiece, multiply and make results of
+the products. The second starts each tile ``stagger`` steps after the first, and the ring holds that distance: so the
+first's epilogue, bound by the exponentials' unit, lies under products of the second, and the second's under the
+first's.
 
 What is computed, and the layout of the results, are those of `_rest_tile_kernel`, `_exp_tile_kernel` and
 `_logit_gradient_kernel` without bias and softcap (`supported`).
