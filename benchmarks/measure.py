@@ -42,6 +42,7 @@ _HEAD_TRITON = (
     "package/logprobs.py",
     "kernels/launch.py",
     "kernels/linear_logprob_fwd.py",
+    "kernels/linear_logprob_exps.py",
     "kernels/linear_logprob_bwd.py",
     "kernels/hopper_tiles.py",
     "kernels/active_tiles.py",

@@ -25,6 +25,11 @@ SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a
 HOPPER_TILES = True
 SCRATCH_ROWS = 8192  # rows per forward launch: bounds the gathered rows and the partial sums; 64 row tiles fill any GPU
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, where there is no inline assembly
+LOG2_E = tl.constexpr(1.4426950408889634)
+WITH_LABEL = tl.constexpr(2**16)  # more than a tile has rows
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 def logit_factors(transform: LogitTransform) -> tuple[float, float, float]:
     """(factor before tanh, factor after it, dz/du where the softcap is not felt). Without a softcap there is no tanh,
@@ -183,13 +188,45 @@ def tile_origin(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
+def exp2(x):
+    """2^x in one instruction on a GPU, where results below 2^-126 are 0. `tl.exp` spends four more on those."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x within one unit in the last place on a GPU, for x in its normal range."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def rows_with_labels(active, label, col, BLOCK_V: tl.constexpr):
+    """How many rows of a tile are active, plus WITH_LABEL for each of them whose label is one of the tile's columns.
+
+    One reduction before the product tells whether a tile is needed and whether it is one of the few with a label.
+    """
+    here = (label >= col) & (label < col + BLOCK_V)
+    return tl.sum(tl.where(active, tl.where(here, WITH_LABEL + 1, 1), 0), axis=0)
+
+
+@triton.jit
 def logit_tile(
-    hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
+    hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The logits z of one tile in float32, and ``(dz/du) / slope`` (1 without a softcap). Rows and columns outside of
-    the matrices hold some finite value or other where those are finite."""
+    """One tile of `softcapped` logits in float32, whose factor is `logit_scale`, and ``(dz/du) / slope`` (1 without a
+    softcap). Rows and columns outside of the matrices hold some finite value or other where those are finite."""
     u = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if TMA:
         for k in range(0, H, BLOCK_H):
@@ -207,24 +244,33 @@ def logit_tile(
     if HAS_BIAS:
         cols = col + tl.arange(0, BLOCK_V)
         u += tl.load(p_bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    return to_logit(u, pre, post, HAS_SOFTCAP)
+    return softcapped(u, pre, HAS_SOFTCAP)
 
 
 @triton.jit
-def to_logit(u, pre, post, HAS_SOFTCAP: tl.constexpr):
-    """z and ``(dz/du) / slope`` from u. tanh is ``(1 - e) / (1 + e)`` with ``e = exp(-2|x|)``, which neither overflows
-    nor, thanks to the series near 0, cancels; its derivative is ``4 e / (1 + e)^2``."""
+def softcapped(u, pre, HAS_SOFTCAP: tl.constexpr):
+    """x and ``(dz/du) / slope`` from u, for z = `logit_scale` x: tanh(pre u), or u itself without a softcap.
+
+    tanh is ``(1 - e) / (1 + e)`` with ``e = exp(-2|x|)``, which neither overflows nor, thanks to the series near 0,
+    cancels; its derivative is ``4 e / (1 + e)^2``.
+    """
     if HAS_SOFTCAP:
         x = u * pre
-        e = tl.exp(-2.0 * tl.abs(x))
-        r = 1.0 / (1.0 + e)
+        e = exp2(tl.abs(x) * (-2.0 * LOG2_E))
+        r = reciprocal(1.0 + e)
         q = x * x
         near = x * (1.0 - q * (0.33333334 - q * (0.13333334 - q * (0.053968254 - q * 0.021869488))))
         far = (1.0 - e) * r
         far = tl.where(x < 0, -far, far)
-        return tl.where(q < 0.0625, near, far) * post, 4.0 * e * r * r
+        return tl.where(q < 0.0625, near, far), 4.0 * e * r * r
     else:
-        return u * pre, 1.0
+        return u, 1.0
+
+
+@triton.jit
+def logit_scale(pre, post, HAS_SOFTCAP: tl.constexpr):
+    """The factor, above 0, that makes `softcapped` a logit."""
+    return post if HAS_SOFTCAP else pre
 
 
 @triton.jit

@@ -14,17 +14,22 @@ from torch import Tensor
 
 from powerflow_fast.kernels.active_tiles import active_tiles
 from powerflow_fast.kernels.launch import (
+    LOG2_E,
+    WITH_LABEL,
     add_matmul_fp32_,
     choose_tile,
+    exp2,
     hopper_tiles_for,
     launcher,
     logit_factors,
+    logit_scale,
     logit_tile,
     matmul_fp32,
     num_sms,
     operand,
     plan_columns,
     readable,
+    rows_with_labels,
     tile_origin,
 )
 from powerflow_fast.kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
@@ -45,25 +50,29 @@ def _logit_gradient_kernel(
     """
     row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
     n = row + tl.arange(0, BLOCK_N)
-    cols = col + tl.arange(0, BLOCK_V)
     factor = tl.load(p_factor + n, mask=n < N, other=0.0)
-    if tl.max((factor != 0.0).to(tl.int32), axis=0) == 0:
-        out = o_grad + n.to(tl.int64)[:, None] * stride_grad + cols[None, :]
-        nothing = tl.zeros((BLOCK_N, BLOCK_V), dtype=o_grad.dtype.element_ty)
-        tl.store(out, nothing, mask=(n < N)[:, None] & (cols < V)[None, :])
+    label = (tl.load(p_label + n, mask=n < N, other=-1) - first).to(tl.int32)
+    rows = rows_with_labels(factor != 0.0, label, col, BLOCK_V)
+    inner = tl.arange(0, BLOCK_N)[:, None] * stride_grad + tl.arange(0, BLOCK_V)[None, :]
+    out = o_grad + row.to(tl.int64) * stride_grad + col + inner
+    inside = (tl.arange(0, BLOCK_N) < N - row)[:, None] & (tl.arange(0, BLOCK_V) < stride_grad - col)[None, :]
+    if rows == 0:
+        tl.store(out, tl.zeros((BLOCK_N, BLOCK_V), dtype=o_grad.dtype.element_ty), mask=inside)
         return
-    z, local = logit_tile(
-        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
+    x, local = logit_tile(
+        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre,
         BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
     )  # fmt: skip
+    scale = logit_scale(pre, post, HAS_SOFTCAP)
     factor = tl.load(p_factor + n, mask=n < N, other=0.0)  # again: registers are scarce during the product
-    label = (tl.load(p_label + n, mask=n < N, other=-1) - first).to(tl.int32)
     top = tl.load(p_max + n, mask=factor != 0.0, other=float("inf"))  # e^(z - inf) = 0
     others = -factor / tl.load(p_sum + n, mask=factor != 0.0, other=1.0)
-    is_label = cols[None, :] == label[:, None]
-    value = tl.where(is_label, factor[:, None], others[:, None] * tl.exp(z - top[:, None])) * local
-    out = o_grad + n.to(tl.int64)[:, None] * stride_grad + cols[None, :]
-    tl.store(out, value.to(o_grad.dtype.element_ty), mask=(n < N)[:, None] & (cols < V)[None, :])
+    value = exp2(tl.fma(x, scale * LOG2_E, -(top * LOG2_E)[:, None])) * others[:, None]
+    if rows >= WITH_LABEL:
+        label = (tl.load(p_label + n, mask=n < N, other=-1) - first).to(tl.int32)
+        cols = col + tl.arange(0, BLOCK_V)
+        value = tl.where(cols[None, :] == label[:, None], factor[:, None], value)
+    tl.store(out, (value * local).to(o_grad.dtype.element_ty), mask=inside)
 
 
 @launcher

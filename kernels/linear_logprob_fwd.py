@@ -1,4 +1,4 @@
-"""Per-token log-probabilities of a linear head: the forward pass, and the forward pass that brings its own gradient.
+"""Per-token log-probabilities of a linear head, and statistics: the forward pass that keeps nothing.
 
 With z the transformed logits of a row and y its label, everything rests on the logit z_y, which an indexed dot gives,
 and on sums over the *other* columns. ``d = logsumexp_{j != y}(z_j) - z_y`` yields ``logp = -softplus(d)`` without the
@@ -8,8 +8,6 @@ unlikely the token is. All sums are float32, taken in one fixed order: equal inp
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -17,34 +15,26 @@ from torch import Tensor
 
 from powerflow_fast.kernels.active_tiles import active_tiles
 from powerflow_fast.kernels.launch import (
+    LN_2,
+    LOG2_E,
     SCRATCH_ROWS,
-    Tile,
+    WITH_LABEL,
     choose_tile,
+    exp2,
     hopper_tiles_for,
     launcher,
     log1p_unit,
     logit_factors,
+    logit_scale,
     logit_tile,
-    matmul_fp32,
     num_sms,
     operand,
-    plan_rows,
     readable,
+    rows_with_labels,
+    softcapped,
     tile_origin,
-    to_logit,
 )
-from powerflow_fast.kernels.types import ForwardOutput, LogitTransform, RowExponentials, kept_width
-
-# The range in which a row's sum of exp(z - z_y) must lie when its exponentials are stored in a dtype; outside of it the
-# row is written anew around its maximum. float16 ends at 65504 above and 6e-8 below, where a confident token's
-# exponentials would vanish. The others hold e^88, less room for the products to come, and e^-87.
-ANCHOR_RANGE = {
-    torch.float16: (1.0, 2.0**14),
-    torch.bfloat16: (0.0, math.exp(60.0)),
-    torch.float32: (0.0, math.exp(60.0)),
-}
-# A row that is written anew peaks at 2^14, not 1: float16 then flushes what is below 1e-11 of the peak, not below 1e-7.
-HEADROOM = 14 * math.log(2.0)
+from powerflow_fast.kernels.types import ForwardOutput, LogitTransform
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -73,8 +63,8 @@ def _label_logit_kernel(
     u = tl.sum(total, axis=1)
     if HAS_BIAS:
         u += tl.load(p_bias + tl.where(known, label, 0)).to(tl.float32)
-    z, slope = to_logit(u, pre, post, HAS_SOFTCAP)
-    z = tl.where(known, z, tl.where(active, float("nan"), 0.0))
+    x, slope = softcapped(u, pre, HAS_SOFTCAP)
+    z = tl.where(known, x * logit_scale(pre, post, HAS_SOFTCAP), tl.where(active, float("nan"), 0.0))
     tl.store(o_logit + n, z, mask=n < N)
     tl.store(o_active + n, active.to(tl.int32), mask=n < N)
     if HAS_SOFTCAP:
@@ -89,31 +79,45 @@ def _rest_tile_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits, reduced over its columns other than the labels' to m = max z, s = sum e^(z - m) and, for
-    statistics, sum e^(z - m) (z - m) and sum z, written at ``o_partial[quantity, column tile, row]``.
+    statistics, sum e^(z - m) (z - m), and over all of them to sum z, at ``o_partial[quantity, column tile, row]``.
 
     2NVH FLOP in all; reads hidden and weight once per tile, mostly from L2; writes 8 bytes (16 with statistics) a row
     and tile. A tile with no active row returns at once.
     """
     row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
     n = row + tl.arange(0, BLOCK_N)
-    if tl.max(tl.load(p_active + n, mask=n < N, other=0), axis=0) == 0:
+    active = tl.load(p_active + n, mask=n < N, other=0) != 0
+    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+    rows = rows_with_labels(active, label, col, BLOCK_V)
+    if rows == 0:
         return
-    z, _ = logit_tile(
-        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
+    x, _ = logit_tile(
+        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre,
         BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
     )  # fmt: skip
-    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
-    cols = col + tl.arange(0, BLOCK_V)
-    rest = (cols[None, :] != label[:, None]) & (cols < V)[None, :]
-    m = tl.max(tl.where(rest, z, float("-inf")), axis=1)
-    x = tl.where(rest, z - tl.where(m == float("-inf"), 0.0, m)[:, None], float("-inf"))
-    e = tl.exp(x)
+    scale = logit_scale(pre, post, HAS_SOFTCAP)
+    if STATS:
+        total = tl.sum(x, axis=1)
+    cols = tl.arange(0, BLOCK_V)
+    if col + BLOCK_V > V:
+        # compared by row: masks of columns alone would be made before the product and held in registers
+        inside = cols[None, :] < tl.where(n < N, V - col, 0)[:, None]
+        if STATS:
+            total = tl.sum(tl.where(inside, x, 0.0), axis=1)
+        x = tl.where(inside, x, float("-inf"))
+    if rows >= WITH_LABEL:
+        x = tl.where(cols[None, :] != (label - col)[:, None], x, float("-inf"))
+    top = tl.max(x, axis=1)
+    shift = tl.where(top == float("-inf"), 0.0, top * (scale * LOG2_E))
+    x = tl.fma(x, scale * LOG2_E, -shift[:, None])
+    e = exp2(x)
     at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
-    tl.store(at, m, mask=n < N)
+    tl.store(at, top * scale, mask=n < N)
     tl.store(at + plane, tl.sum(e, axis=1), mask=n < N)
     if STATS:
-        tl.store(at + 2 * plane, tl.sum(tl.where(rest, e * x, 0.0), axis=1), mask=n < N)
-        tl.store(at + 3 * plane, tl.sum(tl.where(rest, z, 0.0), axis=1), mask=n < N)
+        x = tl.maximum(x, -1000.0)  # not -inf, whose product with e = 0 is no number
+        tl.store(at + 2 * plane, tl.sum(e * x, axis=1) * LN_2, mask=n < N)
+        tl.store(at + 3 * plane, total * scale, mask=n < N)
 
 
 @triton.jit(do_not_specialize=["N", "plane", "stride_out"])
@@ -169,146 +173,10 @@ def _combine_kernel(
         lse = tl.where(d > 0.0, top + log_total, z_y) + tail
         tl.store(out + 3 * stride_out, tl.where(active, lse, 0.0), mask=n < N)
         tl.store(out + 4 * stride_out, tl.where(active, entropy, 0.0), mask=n < N)
-        tl.store(out + 5 * stride_out, tl.where(active, (logits + z_y) / V, 0.0), mask=n < N)
+        tl.store(out + 5 * stride_out, tl.where(active, tl.where(z_y == z_y, logits / V, z_y), 0.0), mask=n < N)
 
 
-@triton.jit(do_not_specialize=["N", "plane"])
-def _exp_tile_kernel(
-    hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial,
-    N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """One tile of E = e^(z - anchor), 0 in the label's column, times ``(dz/du) / slope`` where there is a softcap, in
-    the dtype of ``o_exp``; and its row maxima of z and float32 row sums of e^(z - anchor) over those columns, at
-    ``o_partial[quantity, column tile, row]``. Rows that are not active are left as they were.
-
-    2NVH FLOP; writes NV elements. A tile with no active row returns at once, so a second launch for few rows is cheap.
-    """
-    row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
-    n = row + tl.arange(0, BLOCK_N)
-    if tl.max(tl.load(p_active + n, mask=n < N, other=0), axis=0) == 0:
-        return
-    z, slope = logit_tile(
-        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre, post,
-        BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
-    )  # fmt: skip
-    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
-    active = tl.load(p_active + n, mask=n < N, other=0) != 0
-    anchor = tl.load(p_anchor + n, mask=n < N, other=0.0)
-    cols = col + tl.arange(0, BLOCK_V)
-    z = tl.where((cols[None, :] != label[:, None]) & (cols < V)[None, :], z, float("-inf"))
-    e = tl.exp(z - anchor[:, None])
-    at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
-    tl.store(at, tl.max(z, axis=1), mask=active)
-    tl.store(at + plane, tl.sum(e, axis=1), mask=active)
-    out = o_exp + n.to(tl.int64)[:, None] * stride_exp + cols[None, :]
-    tl.store(out, (e * slope).to(o_exp.dtype.element_ty), mask=active[:, None] & (cols < V)[None, :])
-
-
-@triton.jit(do_not_specialize=["N", "plane"])
-def _reanchor_kernel(
-    p_partial, m_anchor, m_active,
-    N, TILES, plane, floor, limit, headroom,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Leaves active only the rows whose sum of e^(z - anchor) is outside of ``floor .. limit``, and moves their anchor
-    to the row's maximum less ``headroom``. Reads the partials once."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    active = tl.load(m_active + n, mask=n < N, other=0) != 0
-    top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for t in range(0, TILES, BLOCK_T):
-        i = t + tl.arange(0, BLOCK_T)
-        mask = (i < TILES)[:, None] & active[None, :]
-        at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
-        top = tl.maximum(top, tl.max(tl.load(at, mask=mask, other=float("-inf")), axis=0))
-        total += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
-    # with one column there is no maximum to move to
-    outside = active & (top > float("-inf")) & ((total > limit) | (total < floor))
-    tl.store(m_anchor + n, top - headroom, mask=outside)
-    tl.store(m_active + n, outside.to(tl.int32), mask=n < N)
-
-
-@triton.jit
-def _row_sums(p_partial, p_logit, p_anchor, n, active, N, TILES, plane, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(S, t, -logp) of the rows n: with a the anchor, t = e^(z_y - a), S = sum_{j != y} e^(z_j - a), and
-    logp = -log(1 + S / t), taken from the smaller of S / t and t / S."""
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for t in range(0, TILES, BLOCK_T):
-        i = t + tl.arange(0, BLOCK_T)
-        mask = (i < TILES)[:, None] & active[None, :]
-        at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
-        total += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
-    z_y = tl.load(p_logit + n, mask=n < N, other=0.0)
-    anchor = tl.load(p_anchor + n, mask=n < N, other=0.0)
-    own = tl.exp(z_y - anchor)
-    likely = total <= own
-    ratio = tl.where(likely, total / own, own / total)
-    return total, own, tl.where(likely, 0.0, anchor - z_y + tl.log(total)) + log1p_unit(ratio)
-
-
-@triton.jit(do_not_specialize=["N", "plane"])
-def _keep_rows_kernel(
-    p_partial, p_logit, p_slope, p_anchor, p_label, o_logp, o_scale, o_exp,
-    N, V, TILES, plane, stride_exp, slope,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """logp, ``slope / (t + S)`` and, in the label's column of the exponentials, ``-S (dz/du)_y / slope``: with that
-    element ``d logp / d u = -scale * exponentials`` in every column. Writes 3 elements a row."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = tl.load(p_label + n, mask=n < N, other=-1)
-    total, own, surprise = _row_sums(
-        p_partial, p_logit, p_anchor, n, n < N, N, TILES, plane, BLOCK_N, BLOCK_T
-    )  # fmt: skip
-    tl.store(o_logp + n, -surprise, mask=n < N)
-    tl.store(o_scale + n, slope / (own + total), mask=n < N)
-    if HAS_SOFTCAP:
-        total *= tl.load(p_slope + n, mask=n < N, other=0.0)
-    known = (n < N) & (label >= 0) & (label < V)
-    out = o_exp + n.to(tl.int64) * stride_exp + tl.where(known, label, 0)
-    tl.store(out, (-total).to(o_exp.dtype.element_ty), mask=known)
-
-
-@triton.jit(do_not_specialize=["N", "plane"])
-def _unit_gradient_kernel(
-    p_partial, p_logit, p_slope, p_anchor, p_label, p_rows, p_product, p_weight, o_logp, o_grad,
-    N, V, H, TILES, plane, stride_w, stride_grad, ignore_index, slope,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """logp and d logp / d hidden of each row from its exponentials, at row ``p_rows[row]`` of the outputs.
-
-    With t and S as in `_row_sums`, c_j = (dz/du)_j / slope and the product A = sum_{j != y} e^(z_j - a) c_j W_j::
-
-        d logp / d h = slope (S c_y W_y - A) / (t + S)
-
-    since 1 - p_y = S / (t + S). Reads NH float32 and NH weights, writes NH elements.
-    """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = tl.load(p_label + n, mask=n < N, other=ignore_index)
-    active = label != ignore_index
-    known = active & (label >= 0) & (label < V)
-    total, own, surprise = _row_sums(
-        p_partial, p_logit, p_anchor, n, active, N, TILES, plane, BLOCK_N, BLOCK_T
-    )  # fmt: skip
-    rows = tl.load(p_rows + n, mask=n < N, other=0)
-    tl.store(o_logp + rows, tl.where(active, -surprise, 0.0), mask=n < N)
-
-    scale = slope / (own + total)
-    if HAS_SOFTCAP:
-        total *= tl.load(p_slope + n, mask=n < N, other=0.0)
-    column = tl.where(known, label, 0) * stride_w
-    for k in range(0, H, BLOCK_H):
-        i = k + tl.arange(0, BLOCK_H)
-        mask = active[:, None] & (i < H)[None, :]
-        w = tl.load(p_weight + column[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        a = tl.load(p_product + n.to(tl.int64)[:, None] * H + i[None, :], mask=mask, other=0.0)
-        grad = tl.where(active[:, None], (total[:, None] * w - a) * scale[:, None], 0.0)
-        out = o_grad + rows[:, None] * stride_grad + i[None, :]
-        tl.store(out, grad.to(o_grad.dtype.element_ty), mask=(n < N)[:, None] & (i < H)[None, :])
-
-
-def _label_logits(
+def label_logits(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(z_y, (dz/du)_y / slope with a softcap, active) of each row; ``_label_logit_kernel``."""
@@ -324,45 +192,6 @@ def _label_logits(
         BLOCK_N=32, BLOCK_H=256, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, num_warps=8,
     )  # fmt: skip
     return logit, bend, active
-
-
-def _exponentials(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int,
-    exps: Tensor,
-    partial: Tensor,
-    tile: Tile,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Fills ``exps`` and ``partial`` (`_exp_tile_kernel`): around each row's z_y, then once more, around the maximum,
-    the rows that leave their dtype's range so. Returns (z_y, (dz/du)_y / slope with a softcap, anchor)."""
-    (n, h), v = hidden.shape, weight.shape[0]
-    pre, post, _ = logit_factors(transform)
-    tiles, plane = partial.shape[1], partial.stride(0)
-    floor, limit = ANCHOR_RANGE[hidden.dtype]
-    logit, bend, active = _label_logits(hidden, weight, labels, bias, transform, ignore_index)
-    anchor = logit.clone()
-    hopper = hopper_tiles_for(hidden, bias, transform)
-    for again in (False, True):
-        if again:
-            _reanchor_kernel[(triton.cdiv(n, 16),)](
-                partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=16, BLOCK_T=128
-            )
-        if hopper:
-            hopper.exp_tiles(
-                hidden, weight, labels, active, active_tiles(active), anchor, exps, partial, pre,
-                sms=num_sms(hidden.device),
-            )  # fmt: skip
-            continue
-        _exp_tile_kernel[(triton.cdiv(n, tile.block_n) * tiles,)](
-            operand(hidden, tile.block_n, tile), operand(weight, tile.block_v, tile), bias, labels, active, anchor,
-            exps, partial, n, v, h, plane, hidden.stride(0), weight.stride(0), exps.stride(0), pre, post,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.logit_softcap is not None, **tile.meta(),
-        )  # fmt: skip
-    return logit, bend, anchor
 
 
 @launcher
@@ -388,7 +217,7 @@ def linear_logprob_fwd(
     weight = readable(weight)
     softcap = transform.logit_softcap is not None
     pre, post, _ = logit_factors(transform)
-    tile = choose_tile(hidden, heavy=softcap or stats)
+    tile = choose_tile(hidden, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
     rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
     out = hidden.new_empty(6 if stats else 3, n, dtype=torch.float32)
@@ -401,7 +230,7 @@ def linear_logprob_fwd(
     hopper = hopper_tiles_for(hidden, bias, transform, stats=stats)
     for part in rows.split(SCRATCH_ROWS):
         chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
-        logit, _, active = _label_logits(chunk, weight, y, bias, transform, ignore_index)
+        logit, _, active = label_logits(chunk, weight, y, bias, transform, ignore_index)
         count = len(part)
         if hopper:
             hopper.rest_tiles(chunk, weight, y, active_tiles(active), partial, pre, sms=num_sms(hidden.device))
@@ -415,91 +244,3 @@ def linear_logprob_fwd(
             partial, logit, active, part, out, count, v, tiles, plane, n, BLOCK_N=16, BLOCK_T=128, STATS=stats
         )
     return ForwardOutput(*out)
-
-
-@launcher
-def linear_logprob_fwd_d_hidden(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """``logp`` (N,) float32 as `linear_logprob_fwd` gives it, and ``d logp[i] / d hidden[i]`` (N, H) in hidden's dtype,
-    or float32 for float16.
-
-    For a head that takes no gradient. The backward pass is then a row scale, and both together cost 4NVH FLOP: the
-    exponentials E of a chunk of rows are stored once, around each row's own z_y, and ``E @ W`` follows while they are
-    at hand; the division by their sum comes after the product. E is as exact relative to 1 - p as its dtype is.
-    Scratch: SCRATCH_BYTES for E, and per row of its chunk H elements, H float32 and ``ceil(V / BLOCK_V) * 8`` bytes.
-    """
-    n, h = hidden.shape
-    v = weight.shape[0]
-    weight = readable(weight)
-    softcap = transform.logit_softcap is not None
-    slope = logit_factors(transform)[2]
-    tile = choose_tile(hidden, heavy=softcap)
-    bias = None if bias is None else bias.contiguous()
-    rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
-    logp = hidden.new_empty(n, dtype=torch.float32)
-    # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
-    unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    d_hidden = hidden.new_empty(n, h, dtype=unit_dtype)
-    if n == 0:
-        return logp, d_hidden
-    width = kept_width(v)
-    size = plan_rows(n, width * hidden.element_size(), tile)
-    tiles = triton.cdiv(v, tile.block_v)
-    exps = hidden.new_empty(size, width)
-    partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
-    for part in rows.split(size):
-        chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
-        count = len(part)
-        logit, bend, anchor = _exponentials(
-            chunk, weight, y, bias, transform, ignore_index, exps, partial, tile
-        )  # fmt: skip
-        product = matmul_fp32(exps[:count, :v], weight)
-        _unit_gradient_kernel[(triton.cdiv(count, 16),)](
-            partial, logit, bend, anchor, y, part, product, weight, logp, d_hidden,
-            count, v, h, tiles, partial.stride(0), weight.stride(0), h, ignore_index, slope,
-            BLOCK_N=16, BLOCK_H=512, BLOCK_T=64, HAS_SOFTCAP=softcap, num_warps=8,
-        )  # fmt: skip
-    return logp, d_hidden
-
-
-@launcher
-def linear_logprob_fwd_exps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    *,
-    memory: Tensor | None = None,
-) -> RowExponentials:
-    """``logp`` and what `linear_logprob_bwd_exps` needs for the gradients of a trainable head: 2NVH FLOP.
-
-    Keeps V elements per row of hidden's dtype, whose range must not be float16's (the upstream gradient comes later),
-    in ``memory`` where that is given (``N * kept_width(V)`` elements or more). No row is ignored; a label outside
-    [0, V) gives NaN. No host sync.
-    """
-    n, v = hidden.shape[0], weight.shape[0]
-    weight, hidden, labels = readable(weight), readable(hidden), labels.contiguous()
-    softcap = transform.logit_softcap is not None
-    tile = choose_tile(hidden, heavy=softcap)
-    bias = None if bias is None else bias.contiguous()
-    logp, scale = hidden.new_empty(2, n, dtype=torch.float32)
-    width = kept_width(v)
-    exps = (hidden.new_empty(n * width) if memory is None else memory[: n * width]).view(n, width)
-    tiles = triton.cdiv(v, tile.block_v)
-    partial = hidden.new_empty(2, tiles, n, dtype=torch.float32)
-    if n:
-        no_row = torch.iinfo(torch.int64).min  # nothing is ignored: a label that is wrong gives NaN
-        logit, bend, anchor = _exponentials(hidden, weight, labels, bias, transform, no_row, exps, partial, tile)
-        _keep_rows_kernel[(triton.cdiv(n, 16),)](
-            partial, logit, bend, anchor, labels, logp, scale, exps,
-            n, v, tiles, partial.stride(0), exps.stride(0), logit_factors(transform)[2],
-            BLOCK_N=16, BLOCK_T=128, HAS_SOFTCAP=softcap,
-        )  # fmt: skip
-    return RowExponentials(logp, exps[:, :v], scale)
-
-
-def kept_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the exponentials that `linear_logprob_fwd_exps` keeps."""
-    return hidden.dtype

@@ -39,12 +39,8 @@ def implementation_for(backend: Backend, hidden: Tensor) -> types.SimpleNamespac
     if resolve_backend(backend, hidden.device, hidden.dtype) == "torch":
         return torch_backend
     from .kernels.linear_logprob_bwd import linear_logprob_bwd, linear_logprob_bwd_exps
-    from .kernels.linear_logprob_fwd import (
-        kept_dtype,
-        linear_logprob_fwd,
-        linear_logprob_fwd_d_hidden,
-        linear_logprob_fwd_exps,
-    )
+    from .kernels.linear_logprob_exps import kept_dtype, linear_logprob_fwd_d_hidden, linear_logprob_fwd_exps
+    from .kernels.linear_logprob_fwd import linear_logprob_fwd
     from .kernels.scale import scaled
 
     return types.SimpleNamespace(

@@ -3,7 +3,8 @@
 The launchers run on meta tensors over a stand-in for Triton's driver, which names the target and compiles instead of
 launching; so shapes, specialisations, tiles and options are the ones in use. What ptxas made of each kernel is printed
 as a table and held to: no register spills, shared memory within the architecture's limit, matrix products on the widest
-tensor-core instruction of the architecture, fed by its asynchronous copies.
+tensor-core instruction of the architecture, fed by its asynchronous copies, and on Hopper a reduction after the
+products that takes one exponential and few instructions for a logit.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ ARCHITECTURES = (80, 90, 100)
 # sm_86, sm_89 and sm_120 run sm_80's tiles and have the least: 99 KB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCT_KERNELS = ("_rest_tile_kernel", "_exp_tile_kernel", "_logit_gradient_kernel")
+# Instructions of a warp after the last product of a 128 x 256 tile at 8 warps, where no column is masked: 128 logits a
+# thread, of which each takes a comparison, a fused multiply-add, an exponential and an addition, or a conversion.
+EPILOGUE = {"_rest_tile_kernel": 650, "_exp_tile_kernel": 900, "_logit_gradient_kernel": 650}
 COUNTED = ("STL", "LDL", "HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "FFMA", "FFMA2")
 
 
@@ -32,6 +36,7 @@ def compile_launches(arch: int, launches: dict[str, tuple]) -> list[dict]:
     a process of its own, where Triton is not interpreting."""
     import tempfile
 
+    import sass
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -55,9 +60,11 @@ def compile_launches(arch: int, launches: dict[str, tuple]) -> list[dict]:
             file.flush()
             dump = [triton.knobs.nvidia.cuobjdump.path]
             usage = subprocess.run([*dump, "-res-usage", file.name], capture_output=True, text=True, check=True)
-            sass = subprocess.run([*dump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+            listing = subprocess.run([*dump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
         usage = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+        code = sass.instructions(listing)
+        opcodes = [instruction.opcode for instruction in code]
+        path = sass.epilogue(code, "HGMMA")
         counts = collections.Counter(opcode.split(".")[0] for opcode in opcodes)
         return {
             "kernel": kernel.metadata.name,
@@ -67,6 +74,10 @@ def compile_launches(arch: int, launches: dict[str, tuple]) -> list[dict]:
             "stack": int(usage[2]),
             "shared": kernel.metadata.shared,
             **{name: counts[name] for name in COUNTED},
+            "epilogue": len(path),
+            "EX2": path.count("MUFU.EX2"),
+            "other MUFU": sum(opcode.startswith("MUFU") for opcode in path) - path.count("MUFU.EX2"),
+            "in flight": max([int(x.operands[-1]) for x in code if x.opcode.startswith("WARPGROUP.DEPBAR")], default=0),
             "products": sorted({opcode for opcode in opcodes if re.match("[HQI]G?MMA|UTC.*MMA", opcode)}),
         }
 
@@ -89,11 +100,12 @@ def compile_all(arch: int) -> list[dict]:
     import torch
 
     import powerflow_fast  # noqa: F401  (mounts the kernels)
-    from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd, types
+    from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd, types
 
     launch.capability_of = lambda device: divmod(arch, 10)
     launch.HOPPER_TILES = False  # those have a test of their own
     linear_logprob_fwd.num_sms = lambda device: 132
+    linear_logprob_exps.num_sms = lambda device: 132
 
     def use(dtype, *, v=151936, h=3584, bias=False, stats=False, softcap=None):
         n = 8192
@@ -104,17 +116,18 @@ def compile_all(arch: int) -> list[dict]:
         forward = linear_logprob_fwd.linear_logprob_fwd(*arguments, stats=stats)
         if stats and not softcap:  # the other kernels don't know of statistics
             return
-        linear_logprob_fwd.linear_logprob_fwd_d_hidden(*arguments)
+        linear_logprob_exps.linear_logprob_fwd_d_hidden(*arguments)
         needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": bias}
         linear_logprob_bwd.linear_logprob_bwd(*arguments, forward, torch.empty(n, device="meta"), **needs)
         if dtype != torch.float16:
-            linear_logprob_fwd.linear_logprob_fwd_exps(*arguments[:5])
+            linear_logprob_exps.linear_logprob_fwd_exps(*arguments[:5])
 
     variants = {
         "bf16": (torch.bfloat16, {}),
         "bf16 softcap": (torch.bfloat16, {"softcap": 30.0}),
         "bf16 stats": (torch.bfloat16, {"stats": True}),
         "bf16 all": (torch.bfloat16, {"bias": True, "softcap": 30.0, "stats": True}),
+        "bf16 odd V": (torch.bfloat16, {"v": 50257}),
         "fp32": (torch.float32, {}),
     }
     if arch == 90:
@@ -122,7 +135,6 @@ def compile_all(arch: int) -> list[dict]:
             "bf16 bias": (torch.bfloat16, {"bias": True}),
             "fp16": (torch.float16, {}),
             "fp32 all": (torch.float32, {"bias": True, "softcap": 30.0, "stats": True}),
-            "bf16 odd V": (torch.bfloat16, {"v": 50257}),
         }
     return compile_launches(arch, {name: (lambda x=x: use(x[0], **x[1]),) for name, x in variants.items()})
 
@@ -151,7 +163,7 @@ def compiled(tmp_path_factory):
 
 
 def test_table(compiled, capsys):
-    columns = ("arch", "registers", "stack", "shared", *COUNTED)
+    columns = ("arch", "registers", "stack", "shared", "epilogue", "EX2", *COUNTED)
     with capsys.disabled():
         print("\n" + "".join(f"{name:>10}" for name in columns) + "  kernel")
         for record in compiled:
@@ -185,6 +197,10 @@ def product_kernels(compiled, arch, *, half: bool):
     return chosen
 
 
+def has_softcap(record) -> bool:
+    return any(word in record["variant"] for word in ("softcap", "all"))
+
+
 def test_ampere_runs_tensor_cores_behind_asynchronous_copies(compiled):
     for record in product_kernels(compiled, 80, half=True):
         assert record["products"] == ["HMMA.16816.F32.BF16"] and record["LDGSTS"] > 0, record
@@ -192,11 +208,25 @@ def test_ampere_runs_tensor_cores_behind_asynchronous_copies(compiled):
 
 def test_hopper_runs_wgmma_behind_the_copy_engine(compiled):
     for record in product_kernels(compiled, 90, half=True):
-        wide = not any(word in record["variant"] for word in ("softcap", "all", "stats"))
-        shape = "64x256x16" if wide else "64x128x16"
+        shape = "64x128x16" if has_softcap(record) else "64x256x16"
         assert record["HGMMA"] == 4, record  # one 64-deep step: four products 16 deep, each as wide as the tile
         assert all(opcode.startswith(f"HGMMA.{shape}.F32") for opcode in record["products"]), record
         assert record["UTMALDG"] == 2 * 4 and record["LDGSTS"] == 0, record  # two operands, four stages
+
+
+def test_hopper_reduces_a_tile_in_few_instructions(compiled):
+    for record in product_kernels(compiled, 90, half=True):
+        capped = has_softcap(record)
+        logits = 128 * (128 if capped else 256) // (8 * 32)  # of a thread
+        assert record["EX2"] == (2 if capped else 1) * logits, record
+        assert record["other MUFU"] <= (logits if capped else 0) + 2, record  # a reciprocal for tanh; two row factors
+        if record["variant"] in ("bf16", "fp16", "bf16 odd V"):
+            assert record["epilogue"] <= EPILOGUE[record["kernel"]], record
+
+
+def test_hopper_keeps_a_product_in_flight(compiled):
+    for record in product_kernels(compiled, 90, half=True):
+        assert record["in flight"] == 1, record
 
 
 def test_blackwell_runs_tcgen05_behind_the_copy_engine(compiled):

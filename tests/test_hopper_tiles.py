@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import gluon_emulator
 from barrier_model import Fault, Model
 
-from powerflow_fast.kernels import hopper_tiles, launch, linear_logprob_bwd, linear_logprob_fwd, types
+from powerflow_fast.kernels import hopper_tiles, launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd, types
 from powerflow_fast.kernels.active_tiles import active_tiles
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/candidates/check.py runs them on a GPU")
@@ -46,7 +46,7 @@ def compile_all() -> list[dict]:
     JITFunction.run = collect
     launch.HOPPER_TILES = True
     launch.capability_of = lambda device: (9, 0)
-    linear_logprob_fwd.num_sms = linear_logprob_bwd.num_sms = lambda device: 132
+    linear_logprob_fwd.num_sms = linear_logprob_bwd.num_sms = linear_logprob_exps.num_sms = lambda device: 132
     linear_logprob_bwd.add_matmul_fp32_ = lambda *arguments, **options: None  # torch 2.11 has none on meta tensors
 
     def use(dtype, plan=hopper_tiles.PLAN):
@@ -56,7 +56,7 @@ def compile_all() -> list[dict]:
         labels = torch.empty(n, dtype=torch.int64, device="meta")
         arguments = hidden, weight, labels, None, types.LogitTransform(), -100
         forward = linear_logprob_fwd.linear_logprob_fwd(*arguments)
-        linear_logprob_fwd.linear_logprob_fwd_d_hidden(*arguments)
+        linear_logprob_exps.linear_logprob_fwd_d_hidden(*arguments)
         needs = {"need_d_hidden": True, "need_d_weight": False, "need_d_bias": False}
         linear_logprob_bwd.linear_logprob_bwd(*arguments, forward, torch.empty(n, device="meta"), **needs)
 
@@ -294,7 +294,7 @@ def emulated(monkeypatch):
             monkeypatch.setattr(launch, "capability_of", capability)
 
     monkeypatch.setattr(hopper_tiles, "supported", on_hopper)
-    for module in (linear_logprob_fwd, linear_logprob_bwd):
+    for module in (linear_logprob_fwd, linear_logprob_exps, linear_logprob_bwd):
         monkeypatch.setattr(module, "num_sms", lambda device: 3)
     return gluon_emulator.install(monkeypatch)
 
@@ -324,9 +324,9 @@ def test_the_library_computes_the_same_with_them(request, monkeypatch, shape, dt
 
     def everything():
         forward = linear_logprob_fwd.linear_logprob_fwd(*arguments)
-        frozen = linear_logprob_fwd.linear_logprob_fwd_d_hidden(*arguments)
+        frozen = linear_logprob_exps.linear_logprob_fwd_d_hidden(*arguments)
         both = linear_logprob_bwd.linear_logprob_bwd(*arguments, forward, d_logp, **needs)[:2]
-        kept = linear_logprob_fwd.linear_logprob_fwd_exps(*arguments[:2], labels.clamp(min=0), *arguments[3:5])
+        kept = linear_logprob_exps.linear_logprob_fwd_exps(*arguments[:2], labels.clamp(min=0), *arguments[3:5])
         return [*forward[:3], *frozen, *both, kept.logp, (kept.exps * kept.scale[:, None])]
 
     expected = everything()

@@ -26,7 +26,7 @@ import torch
 import triton
 
 import powerflow_fast  # noqa: F401  (mounts the kernels)
-from powerflow_fast.kernels import hopper_tiles, launch, linear_logprob_bwd, linear_logprob_fwd
+from powerflow_fast.kernels import hopper_tiles, launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
 from powerflow_fast.kernels.active_tiles import active_tiles
 
 KINDS = ("rest", "exp", "grad")
@@ -128,7 +128,7 @@ class Case:
                 *size, partial.stride(0), *strides, PRE, 1.0, STATS=False, **flags,
             )  # fmt: skip
         elif kind == "exp":
-            linear_logprob_fwd._exp_tile_kernel[grid](
+            linear_logprob_exps._exp_tile_kernel[grid](
                 *operands, None, self.labels, self.active, self.anchor, out, partial,
                 *size, partial.stride(0), *strides, out.stride(0), PRE, 1.0, **flags,
             )  # fmt: skip

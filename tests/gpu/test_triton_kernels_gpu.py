@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from test_triton_kernels import DTYPES, IGNORE, OPTIONS, SHAPES, Case, case_of_unlikely_tokens, make_case
 
 from powerflow_fast import linear_la_tb_loss
-from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_fwd
+from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
 
 pytestmark = pytest.mark.gpu
 GIB = 2**30
@@ -206,7 +206,7 @@ def test_peak_memory():
     tiles = -(-v // launch.choose_tile(case.hidden, heavy=False).block_v)
     used = extra(lambda: linear_logprob_fwd.linear_logprob_fwd(*case.arguments()))
     assert used <= n * (2 * h + 8 * tiles) + slack
-    used = extra(lambda: linear_logprob_fwd.linear_logprob_fwd_d_hidden(*case.arguments()))
+    used = extra(lambda: linear_logprob_exps.linear_logprob_fwd_d_hidden(*case.arguments()))
     rows = launch.SCRATCH_BYTES // (2 * v)
     assert used <= launch.SCRATCH_BYTES + rows * (2 * h + 4 * h + 8 * tiles) + 2 * n * h + slack
     needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": False}

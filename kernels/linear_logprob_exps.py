@@ -1,0 +1,323 @@
+"""Log-probabilities with the exponentials of their logits kept: for gradients that need no second look at the logits.
+
+E = e^(z - anchor) is stored in hidden's dtype, around each row's own z_y where its sum stays within that dtype's range.
+A frozen head's gradient, ``E @ W`` and a row scale, is made at once; a trained head's waits for the upstream gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from powerflow_fast.kernels.active_tiles import active_tiles
+from powerflow_fast.kernels.launch import (
+    LOG2_E,
+    WITH_LABEL,
+    Tile,
+    choose_tile,
+    exp2,
+    hopper_tiles_for,
+    launcher,
+    log1p_unit,
+    logit_factors,
+    logit_scale,
+    logit_tile,
+    matmul_fp32,
+    num_sms,
+    operand,
+    plan_rows,
+    readable,
+    rows_with_labels,
+    tile_origin,
+)
+from powerflow_fast.kernels.linear_logprob_fwd import label_logits
+from powerflow_fast.kernels.types import LogitTransform, RowExponentials, kept_width
+
+# The range in which a row's sum of exp(z - z_y) must lie when its exponentials are stored in a dtype; outside of it the
+# row is written anew around its maximum. float16 ends at 65504 above and 6e-8 below, where a confident token's
+# exponentials would vanish. The others hold e^88, less room for the products to come, and e^-87.
+ANCHOR_RANGE = {
+    torch.float16: (1.0, 2.0**14),
+    torch.bfloat16: (0.0, math.exp(60.0)),
+    torch.float32: (0.0, math.exp(60.0)),
+}
+# A row that is written anew peaks at 2^14, not 1: float16 then flushes what is below 1e-11 of the peak, not below 1e-7.
+HEADROOM = 14 * math.log(2.0)
+
+
+@triton.jit(do_not_specialize=["N", "plane"])
+def _exp_tile_kernel(
+    hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial,
+    N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of E = e^(z - anchor), 0 in the label's column, times ``(dz/du) / slope`` where there is a softcap, in
+    the dtype of ``o_exp``; and its row maxima of z and float32 row sums of e^(z - anchor) over those columns, at
+    ``o_partial[quantity, column tile, row]``. Rows that are not active are left as they were.
+
+    2NVH FLOP; writes NV elements. A tile with no active row returns at once, so a second launch for few rows is cheap.
+    """
+    row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
+    n = row + tl.arange(0, BLOCK_N)
+    active = tl.load(p_active + n, mask=n < N, other=0) != 0
+    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+    rows = rows_with_labels(active, label, col, BLOCK_V)
+    if rows == 0:
+        return
+    x, slope = logit_tile(
+        hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre,
+        BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
+    )  # fmt: skip
+    scale = logit_scale(pre, post, HAS_SOFTCAP)
+    active = tl.load(p_active + n, mask=n < N, other=0) != 0  # again: registers are scarce during the product
+    cols = tl.arange(0, BLOCK_V)
+    if col + BLOCK_V > V:
+        # compared by row: masks of columns alone would be made before the product and held in registers
+        inside = cols[None, :] < tl.where(n < N, V - col, 0)[:, None]
+        x = tl.where(inside, x, float("-inf"))
+    if rows >= WITH_LABEL:
+        x = tl.where(cols[None, :] != (label - col)[:, None], x, float("-inf"))
+    at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
+    tl.store(at, tl.max(x, axis=1) * scale, mask=active)
+    anchor = tl.load(p_anchor + n, mask=n < N, other=0.0) * LOG2_E
+    e = exp2(tl.fma(x, scale * LOG2_E, -anchor[:, None]))
+    tl.store(at + plane, tl.sum(e, axis=1), mask=active)
+    e = (e * slope).to(o_exp.dtype.element_ty)
+    inner = tl.arange(0, BLOCK_N)[:, None] * stride_exp + tl.arange(0, BLOCK_V)[None, :]
+    out = o_exp + row.to(tl.int64) * stride_exp + col + inner
+    # up to the row's end, at a multiple of 16 elements, not to V: otherwise each element is stored by itself
+    tl.store(out, e, mask=active[:, None] & (tl.arange(0, BLOCK_V) < stride_exp - col)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "plane"])
+def _reanchor_kernel(
+    p_partial, m_anchor, m_active,
+    N, TILES, plane, floor, limit, headroom,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Leaves active only the rows whose sum of e^(z - anchor) is outside of ``floor .. limit``, and moves their anchor
+    to the row's maximum less ``headroom``. Reads the partials once."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    active = tl.load(m_active + n, mask=n < N, other=0) != 0
+    top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for t in range(0, TILES, BLOCK_T):
+        i = t + tl.arange(0, BLOCK_T)
+        mask = (i < TILES)[:, None] & active[None, :]
+        at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
+        top = tl.maximum(top, tl.max(tl.load(at, mask=mask, other=float("-inf")), axis=0))
+        total += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
+    # with one column there is no maximum to move to
+    outside = active & (top > float("-inf")) & ((total > limit) | (total < floor))
+    tl.store(m_anchor + n, top - headroom, mask=outside)
+    tl.store(m_active + n, outside.to(tl.int32), mask=n < N)
+
+
+@triton.jit
+def _row_sums(p_partial, p_logit, p_anchor, n, active, N, TILES, plane, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(S, t, -logp) of the rows n: with a the anchor, t = e^(z_y - a), S = sum_{j != y} e^(z_j - a), and
+    logp = -log(1 + S / t), taken from the smaller of S / t and t / S."""
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for t in range(0, TILES, BLOCK_T):
+        i = t + tl.arange(0, BLOCK_T)
+        mask = (i < TILES)[:, None] & active[None, :]
+        at = p_partial + i.to(tl.int64)[:, None] * N + n[None, :]
+        total += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
+    z_y = tl.load(p_logit + n, mask=n < N, other=0.0)
+    anchor = tl.load(p_anchor + n, mask=n < N, other=0.0)
+    own = exp2(tl.fma(z_y, LOG2_E, -(anchor * LOG2_E)))  # the anchor rounded as in the sums
+    likely = total <= own
+    ratio = tl.where(likely, total / own, own / total)
+    return total, own, tl.where(likely, 0.0, anchor - z_y + tl.log(total)) + log1p_unit(ratio)
+
+
+@triton.jit(do_not_specialize=["N", "plane"])
+def _keep_rows_kernel(
+    p_partial, p_logit, p_slope, p_anchor, p_label, o_logp, o_scale, o_exp,
+    N, V, TILES, plane, stride_exp, slope,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """logp, ``slope / (t + S)`` and, in the label's column of the exponentials, ``-S (dz/du)_y / slope``: with that
+    element ``d logp / d u = -scale * exponentials`` in every column. Writes 3 elements a row."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = tl.load(p_label + n, mask=n < N, other=-1)
+    total, own, surprise = _row_sums(
+        p_partial, p_logit, p_anchor, n, n < N, N, TILES, plane, BLOCK_N, BLOCK_T
+    )  # fmt: skip
+    tl.store(o_logp + n, -surprise, mask=n < N)
+    tl.store(o_scale + n, slope / (own + total), mask=n < N)
+    if HAS_SOFTCAP:
+        total *= tl.load(p_slope + n, mask=n < N, other=0.0)
+    known = (n < N) & (label >= 0) & (label < V)
+    out = o_exp + n.to(tl.int64) * stride_exp + tl.where(known, label, 0)
+    tl.store(out, (-total).to(o_exp.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["N", "plane"])
+def _unit_gradient_kernel(
+    p_partial, p_logit, p_slope, p_anchor, p_label, p_rows, p_product, p_weight, o_logp, o_grad,
+    N, V, H, TILES, plane, stride_w, stride_grad, ignore_index, slope,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """logp and d logp / d hidden of each row from its exponentials, at row ``p_rows[row]`` of the outputs.
+
+    With t and S as in `_row_sums`, c_j = (dz/du)_j / slope and the product A = sum_{j != y} e^(z_j - a) c_j W_j::
+
+        d logp / d h = slope (S c_y W_y - A) / (t + S)
+
+    since 1 - p_y = S / (t + S). Reads NH float32 and NH weights, writes NH elements.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = tl.load(p_label + n, mask=n < N, other=ignore_index)
+    active = label != ignore_index
+    known = active & (label >= 0) & (label < V)
+    total, own, surprise = _row_sums(
+        p_partial, p_logit, p_anchor, n, active, N, TILES, plane, BLOCK_N, BLOCK_T
+    )  # fmt: skip
+    rows = tl.load(p_rows + n, mask=n < N, other=0)
+    tl.store(o_logp + rows, tl.where(active, -surprise, 0.0), mask=n < N)
+
+    scale = slope / (own + total)
+    if HAS_SOFTCAP:
+        total *= tl.load(p_slope + n, mask=n < N, other=0.0)
+    column = tl.where(known, label, 0) * stride_w
+    for k in range(0, H, BLOCK_H):
+        i = k + tl.arange(0, BLOCK_H)
+        mask = active[:, None] & (i < H)[None, :]
+        w = tl.load(p_weight + column[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(p_product + n.to(tl.int64)[:, None] * H + i[None, :], mask=mask, other=0.0)
+        grad = tl.where(active[:, None], (total[:, None] * w - a) * scale[:, None], 0.0)
+        out = o_grad + rows[:, None] * stride_grad + i[None, :]
+        tl.store(out, grad.to(o_grad.dtype.element_ty), mask=(n < N)[:, None] & (i < H)[None, :])
+
+
+def _exponentials(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    exps: Tensor,
+    partial: Tensor,
+    tile: Tile,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Fills ``exps`` and ``partial`` (`_exp_tile_kernel`): around each row's z_y, then once more, around the maximum,
+    the rows that leave their dtype's range so. Returns (z_y, (dz/du)_y / slope with a softcap, anchor)."""
+    (n, h), v = hidden.shape, weight.shape[0]
+    pre, post, _ = logit_factors(transform)
+    tiles, plane = partial.shape[1], partial.stride(0)
+    floor, limit = ANCHOR_RANGE[hidden.dtype]
+    logit, bend, active = label_logits(hidden, weight, labels, bias, transform, ignore_index)
+    anchor = logit.clone()
+    hopper = hopper_tiles_for(hidden, bias, transform)
+    for again in (False, True):
+        if again:
+            _reanchor_kernel[(triton.cdiv(n, 16),)](
+                partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=16, BLOCK_T=128
+            )
+        if hopper:
+            hopper.exp_tiles(
+                hidden, weight, labels, active, active_tiles(active), anchor, exps, partial, pre,
+                sms=num_sms(hidden.device),
+            )  # fmt: skip
+            continue
+        _exp_tile_kernel[(triton.cdiv(n, tile.block_n) * tiles,)](
+            operand(hidden, tile.block_n, tile), operand(weight, tile.block_v, tile), bias, labels, active, anchor,
+            exps, partial, n, v, h, plane, hidden.stride(0), weight.stride(0), exps.stride(0), pre, post,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.logit_softcap is not None, **tile.meta(),
+        )  # fmt: skip
+    return logit, bend, anchor
+
+
+@launcher
+def linear_logprob_fwd_d_hidden(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """``logp`` (N,) float32 as `linear_logprob_fwd` gives it, and ``d logp[i] / d hidden[i]`` (N, H) in hidden's dtype,
+    or float32 for float16.
+
+    For a head that takes no gradient. The backward pass is then a row scale, and both together cost 4NVH FLOP: the
+    exponentials E of a chunk of rows are stored once, around each row's own z_y, and ``E @ W`` follows while they are
+    at hand; the division by their sum comes after the product. E is as exact relative to 1 - p as its dtype is.
+    Scratch: SCRATCH_BYTES for E, and per row of its chunk H elements, H float32 and ``ceil(V / BLOCK_V) * 8`` bytes.
+    """
+    n, h = hidden.shape
+    v = weight.shape[0]
+    weight = readable(weight)
+    softcap = transform.logit_softcap is not None
+    slope = logit_factors(transform)[2]
+    tile = choose_tile(hidden, heavy=softcap)
+    bias = None if bias is None else bias.contiguous()
+    rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
+    logp = hidden.new_empty(n, dtype=torch.float32)
+    # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
+    unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    d_hidden = hidden.new_empty(n, h, dtype=unit_dtype)
+    if n == 0:
+        return logp, d_hidden
+    width = kept_width(v)
+    size = plan_rows(n, width * hidden.element_size(), tile)
+    tiles = triton.cdiv(v, tile.block_v)
+    exps = hidden.new_empty(size, width)
+    partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
+    for part in rows.split(size):
+        chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
+        count = len(part)
+        logit, bend, anchor = _exponentials(
+            chunk, weight, y, bias, transform, ignore_index, exps, partial, tile
+        )  # fmt: skip
+        product = matmul_fp32(exps[:count, :v], weight)
+        _unit_gradient_kernel[(triton.cdiv(count, 16),)](
+            partial, logit, bend, anchor, y, part, product, weight, logp, d_hidden,
+            count, v, h, tiles, partial.stride(0), weight.stride(0), h, ignore_index, slope,
+            BLOCK_N=16, BLOCK_H=512, BLOCK_T=64, HAS_SOFTCAP=softcap, num_warps=8,
+        )  # fmt: skip
+    return logp, d_hidden
+
+
+@launcher
+def linear_logprob_fwd_exps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    *,
+    memory: Tensor | None = None,
+) -> RowExponentials:
+    """``logp`` and what `linear_logprob_bwd_exps` needs for the gradients of a trainable head: 2NVH FLOP.
+
+    Keeps V elements per row of hidden's dtype, whose range must not be float16's (the upstream gradient comes later),
+    in ``memory`` where that is given (``N * kept_width(V)`` elements or more). No row is ignored; a label outside
+    [0, V) gives NaN. No host sync.
+    """
+    n, v = hidden.shape[0], weight.shape[0]
+    weight, hidden, labels = readable(weight), readable(hidden), labels.contiguous()
+    softcap = transform.logit_softcap is not None
+    tile = choose_tile(hidden, heavy=softcap)
+    bias = None if bias is None else bias.contiguous()
+    logp, scale = hidden.new_empty(2, n, dtype=torch.float32)
+    width = kept_width(v)
+    exps = (hidden.new_empty(n * width) if memory is None else memory[: n * width]).view(n, width)
+    tiles = triton.cdiv(v, tile.block_v)
+    partial = hidden.new_empty(2, tiles, n, dtype=torch.float32)
+    if n:
+        no_row = torch.iinfo(torch.int64).min  # nothing is ignored: a label that is wrong gives NaN
+        logit, bend, anchor = _exponentials(hidden, weight, labels, bias, transform, no_row, exps, partial, tile)
+        _keep_rows_kernel[(triton.cdiv(n, 16),)](
+            partial, logit, bend, anchor, labels, logp, scale, exps,
+            n, v, tiles, partial.stride(0), exps.stride(0), logit_factors(transform)[2],
+            BLOCK_N=16, BLOCK_T=128, HAS_SOFTCAP=softcap,
+        )  # fmt: skip
+    return RowExponentials(logp, exps[:, :v], scale)
+
+
+def kept_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the exponentials that `linear_logprob_fwd_exps` keeps."""
+    return hidden.dtype
