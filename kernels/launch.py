@@ -7,8 +7,9 @@ time, so that a result depends on the inputs and the device alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,8 @@ def logit_factors(transform: LogitTransform) -> tuple[float, float, float]:
 
 
 class Tile(NamedTuple):
-    """Shape of one logit tile and how a program runs it; ``tma``: operands come through Hopper's copy engine."""
+    """Shape of one logit tile and how a program runs it; ``tma``: operands come through Hopper's copy engine. With a
+    ``block_h`` of 0 the program multiplies nothing: it reads products that `operands` made."""
 
     block_n: int
     block_v: int
@@ -69,8 +71,8 @@ def tile_for(dtype: torch.dtype, capability: tuple[int, int] | None, *, heavy: b
     """
     if capability is None:
         return Tile(64, 256, 64, 4, 1, True)
-    if dtype == torch.float32:  # IEEE products run outside the tensor cores, with both operands in registers
-        return Tile(64, 64, 16, 8, 3, False)
+    if dtype == torch.float32:  # IEEE products run outside the tensor cores: cuBLAS has twice the rate of a Triton tile
+        return Tile(16, 512 if heavy else 1024, 0, 8, 1, False)
     if capability[0] in (9, 10):
         return Tile(128, 128 if heavy else 256, 64, 8, 4, True)
     return Tile(128, 128 if heavy else 256, 32, 8, 4, False)  # within the 99 KB of shared memory of sm_86, 89 and 120
@@ -143,9 +145,35 @@ def readable(x: Tensor) -> Tensor:
     return padded[:, : x.shape[1]].copy_(x)
 
 
-def operand(x: Tensor, block_rows: int, tile: Tile) -> Tensor | TensorDescriptor:
-    """What a tile kernel reads ``block_rows x BLOCK_H`` boxes of ``x`` through; a box is 0 outside of ``x``."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [block_rows, tile.block_h]) if tile.tma else x
+def operands(
+    hidden: Tensor, weight: Tensor, tile: Tile, *, out: Tensor | None = None
+) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, int, int]:
+    """What a tile kernel reads its products from, and the row strides: boxes of hidden and of weight, which are 0
+    outside of the tensors, or the tensors themselves. For a tile that multiplies nothing, ``hidden @ weight.T``, in
+    ``out`` where that is given, and the weight, which is not read."""
+    if tile.block_h == 0:
+        with ieee_products():
+            hidden = torch.mm(hidden, weight.t(), out=out)
+        return hidden, weight, hidden.stride(0), weight.stride(0)
+    a, b = hidden, weight
+    if tile.tma:
+        a, b = (
+            TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, tile.block_h])
+            for x, rows in ((hidden, tile.block_n), (weight, tile.block_v))
+        )
+    return a, b, hidden.stride(0), weight.stride(0)
+
+
+@contextlib.contextmanager
+def ieee_products() -> Iterator[None]:
+    """float32 products by cuBLAS without TF32, whatever is set: ten bits are too few for a logit."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -226,9 +254,16 @@ def logit_tile(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of `softcapped` logits in float32, whose factor is `logit_scale`, and ``(dz/du) / slope`` (1 without a
-    softcap). Rows and columns outside of the matrices hold some finite value or other where those are finite."""
+    softcap). Rows and columns outside of the matrices hold some finite value or other where those are finite.
+
+    ``BLOCK_H`` 0: ``hidden`` is the matrix of products.
+    """
     u = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    if TMA:
+    if BLOCK_H == 0:
+        n = tl.minimum(row + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        v = tl.minimum(col + tl.arange(0, BLOCK_V), V - 1)
+        u = tl.load(hidden + n[:, None] * stride_h + v[None, :])
+    elif TMA:
         for k in range(0, H, BLOCK_H):
             u = tl.dot(hidden.load([row, k]), weight.load([col, k]).T, u, input_precision="ieee")
     else:

@@ -26,7 +26,7 @@ from powerflow_fast.kernels.launch import (
     logit_tile,
     matmul_fp32,
     num_sms,
-    operand,
+    operands,
     plan_columns,
     readable,
     rows_with_labels,
@@ -126,7 +126,6 @@ def linear_logprob_bwd(
     total = None
     columns = plan_columns(v, n * hidden.element_size(), tile)
     scratch = hidden.new_empty(n, columns)
-    x = operand(hidden, tile.block_n, tile)
     hopper = hopper_tiles_for(hidden, bias, transform)
     tiles = active_tiles((factor != 0.0).to(torch.int32)) if hopper else None
     for first in range(0, v, columns):
@@ -138,10 +137,11 @@ def linear_logprob_bwd(
                 sms=num_sms(hidden.device),
             )  # fmt: skip
         else:
+            a, b, *strides = operands(hidden, w, tile, out=grad)
             _logit_gradient_kernel[(triton.cdiv(n, tile.block_n) * triton.cdiv(len(w), tile.block_v),)](
-                x, operand(w, tile.block_v, tile), None if bias is None else bias[part],
+                a, b, None if bias is None else bias[part],
                 labels, factor, forward.anchor, forward.others_sum, grad,
-                n, len(w), h, first, hidden.stride(0), w.stride(0), columns, pre, post,
+                n, len(w), h, first, *strides, columns, pre, post,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, **tile.meta(),
             )  # fmt: skip
         if need_d_hidden and total is None:

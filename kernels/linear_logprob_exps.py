@@ -28,7 +28,7 @@ from powerflow_fast.kernels.launch import (
     logit_tile,
     matmul_fp32,
     num_sms,
-    operand,
+    operands,
     plan_rows,
     readable,
     rows_with_labels,
@@ -216,6 +216,8 @@ def _exponentials(
     logit, bend, active = label_logits(hidden, weight, labels, bias, transform, ignore_index)
     anchor = logit.clone()
     hopper = hopper_tiles_for(hidden, bias, transform)
+    if not hopper:
+        a, b, *strides = operands(hidden, weight, tile)
     for again in (False, True):
         if again:
             _reanchor_kernel[(triton.cdiv(n, 16),)](
@@ -228,8 +230,8 @@ def _exponentials(
             )  # fmt: skip
             continue
         _exp_tile_kernel[(triton.cdiv(n, tile.block_n) * tiles,)](
-            operand(hidden, tile.block_n, tile), operand(weight, tile.block_v, tile), bias, labels, active, anchor,
-            exps, partial, n, v, h, plane, hidden.stride(0), weight.stride(0), exps.stride(0), pre, post,
+            a, b, bias, labels, active, anchor, exps, partial,
+            n, v, h, plane, *strides, exps.stride(0), pre, post,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.logit_softcap is not None, **tile.meta(),
         )  # fmt: skip
     return logit, bend, anchor
@@ -245,7 +247,8 @@ def linear_logprob_fwd_d_hidden(
     For a head that takes no gradient. The backward pass is then a row scale, and both together cost 4NVH FLOP: the
     exponentials E of a chunk of rows are stored once, around each row's own z_y, and ``E @ W`` follows while they are
     at hand; the division by their sum comes after the product. E is as exact relative to 1 - p as its dtype is.
-    Scratch: SCRATCH_BYTES for E, and per row of its chunk H elements, H float32 and ``ceil(V / BLOCK_V) * 8`` bytes.
+    Scratch: SCRATCH_BYTES for E (with float32, for E and the products), and per row of its chunk H elements, H float32
+    and ``ceil(V / BLOCK_V) * 8`` bytes.
     """
     n, h = hidden.shape
     v = weight.shape[0]
@@ -262,7 +265,7 @@ def linear_logprob_fwd_d_hidden(
     if n == 0:
         return logp, d_hidden
     width = kept_width(v)
-    size = plan_rows(n, width * hidden.element_size(), tile)
+    size = plan_rows(n, width * hidden.element_size() * (1 if tile.block_h else 2), tile)
     tiles = triton.cdiv(v, tile.block_v)
     exps = hidden.new_empty(size, width)
     partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
@@ -305,14 +308,18 @@ def linear_logprob_fwd_exps(
     logp, scale = hidden.new_empty(2, n, dtype=torch.float32)
     width = kept_width(v)
     exps = (hidden.new_empty(n * width) if memory is None else memory[: n * width]).view(n, width)
+    size = n if tile.block_h else plan_rows(n, 4 * v, tile)  # products that are stored keep to SCRATCH_BYTES
     tiles = triton.cdiv(v, tile.block_v)
-    partial = hidden.new_empty(2, tiles, n, dtype=torch.float32)
-    if n:
-        no_row = torch.iinfo(torch.int64).min  # nothing is ignored: a label that is wrong gives NaN
-        logit, bend, anchor = _exponentials(hidden, weight, labels, bias, transform, no_row, exps, partial, tile)
-        _keep_rows_kernel[(triton.cdiv(n, 16),)](
-            partial, logit, bend, anchor, labels, logp, scale, exps,
-            n, v, tiles, partial.stride(0), exps.stride(0), logit_factors(transform)[2],
+    partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
+    no_row = torch.iinfo(torch.int64).min  # nothing is ignored: a label that is wrong gives NaN
+    for first in range(0, n, max(size, 1)):
+        part = slice(first, min(first + size, n))
+        y, out = labels[part], exps[part]
+        logit, bend, anchor = _exponentials(hidden[part], weight, y, bias, transform, no_row, out, partial, tile)
+        count = len(y)
+        _keep_rows_kernel[(triton.cdiv(count, 16),)](
+            partial, logit, bend, anchor, y, logp[part], scale[part], out,
+            count, v, tiles, partial.stride(0), exps.stride(0), logit_factors(transform)[2],
             BLOCK_N=16, BLOCK_T=128, HAS_SOFTCAP=softcap,
         )  # fmt: skip
     return RowExponentials(logp, exps[:, :v], scale)

@@ -28,7 +28,8 @@ from powerflow_fast.kernels.launch import (
     logit_scale,
     logit_tile,
     num_sms,
-    operand,
+    operands,
+    plan_rows,
     readable,
     rows_with_labels,
     softcapped,
@@ -209,8 +210,9 @@ def linear_logprob_fwd(
 
     ``hidden`` (N, H) and ``weight`` (V, H) share one of float32, bfloat16, float16; ``labels`` (N,) int64; ``bias``
     (V,). A row whose label is ``ignore_index`` gives 0 in every result, one whose label is outside [0, V) NaN. Rows to
-    be ignored are moved to the end first, so the tiles spend nothing on them. No logit reaches memory: 2NVH FLOP, and
-    ``min(N, 8192) * (H * itemsize + ceil(V / BLOCK_V) * 8)`` bytes of scratch (16 for 8 with ``stats``). No host sync.
+    be ignored are moved to the end first, so the tiles spend nothing on them. No half-precision logit reaches memory:
+    2NVH FLOP, and ``min(N, 8192) * (H * itemsize + ceil(V / BLOCK_V) * 8)`` bytes of scratch (16 for 8 with ``stats``).
+    float32 products are cuBLAS's on a GPU, SCRATCH_BYTES at a time. No host sync.
     """
     n, h = hidden.shape
     v = weight.shape[0]
@@ -224,20 +226,20 @@ def linear_logprob_fwd(
     if n == 0:
         return ForwardOutput(*out)
     tiles = triton.cdiv(v, tile.block_v)
-    partial = hidden.new_empty(4 if stats else 2, tiles, min(n, SCRATCH_ROWS), dtype=torch.float32)
+    size = min(n, SCRATCH_ROWS) if tile.block_h else plan_rows(n, 4 * v, tile)
+    partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
     plane = partial.stride(0)
-    w = operand(weight, tile.block_v, tile)
     hopper = hopper_tiles_for(hidden, bias, transform, stats=stats)
-    for part in rows.split(SCRATCH_ROWS):
+    for part in rows.split(size):
         chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
         logit, _, active = label_logits(chunk, weight, y, bias, transform, ignore_index)
         count = len(part)
         if hopper:
             hopper.rest_tiles(chunk, weight, y, active_tiles(active), partial, pre, sms=num_sms(hidden.device))
         else:
+            a, b, *strides = operands(chunk, weight, tile)
             _rest_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
-                operand(chunk, tile.block_n, tile), w, bias, y, active, partial,
-                count, v, h, plane, chunk.stride(0), weight.stride(0), pre, post,
+                a, b, bias, y, active, partial, count, v, h, plane, *strides, pre, post,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, STATS=stats, **tile.meta(),
             )  # fmt: skip
         _combine_kernel[(triton.cdiv(count, 16),)](

@@ -17,7 +17,14 @@ pytest.importorskip("triton")
 import gluon_emulator
 from barrier_model import Fault, Model
 
-from powerflow_fast.kernels import hopper_tiles, launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd, types
+from powerflow_fast.kernels import (
+    hopper_tiles,
+    launch,
+    linear_logprob_bwd,
+    linear_logprob_exps,
+    linear_logprob_fwd,
+    types,
+)
 from powerflow_fast.kernels.active_tiles import active_tiles
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/candidates/check.py runs them on a GPU")

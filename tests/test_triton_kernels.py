@@ -373,6 +373,14 @@ def test_chunks_change_nothing(monkeypatch, check_accuracy):
     case.check(check_accuracy)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_products_that_are_made_first(monkeypatch, options, check_accuracy):
+    """As float32 runs on a GPU: chunks of products by torch.mm, which the tile kernels read."""
+    monkeypatch.setattr(launch, "tile_for", lambda *_, **__: Tile(16, 256, 0, 4, 1, False))
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 4 * 32 * 700)  # several chunks of rows, and of columns
+    make_case(torch.float32, **options).check(check_accuracy)
+
+
 def test_equal_bits_every_time():
     case = make_case(torch.bfloat16, n=130, bias=True, sharpness=8.0)
     first, second = case.run(), case.run()
