@@ -28,7 +28,7 @@ while (($#)); do
     --run) extra="$2"; shift 2 ;;       # more arguments of run.py
     --rehearse) rehearse=1; shift ;;
     call1) parts+=(products tests kernels headlines tiles); shift ;;
-    call2) parts+=(tests loss head update la-tb trainer kernels sweeps); shift ;;
+    call2) parts+=(tests loss head update la-tb kernels trainer sweeps); shift ;;
     *) parts+=("$1"); shift ;;
   esac
 done
@@ -112,23 +112,27 @@ export PYTHONPATH="$PWD/$site/own:$kept:$kept/nvidia_cutlass_dsl/dsl_packages${P
 echo "[$SECONDS s] installed; $("$python" -c 'import torch, triton; print(torch.__version__, triton.__version__)')"
 [[ -n "$rehearse" ]] || nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit,memory.total --format=csv,noheader
 
+# What compiles or tunes itself for most of a minute is left out of the suites; Liger's kernel, of three shapes.
+liger="liger scaled CE" slow=("naive compiled" "verl triton" "powerflow_fast torch" "powerflow_fast one pass torch")
 few="powerflow_fast,powerflow_fast one pass,powerflow_fast composed,naive,gemm,trl chunked,liger scaled CE"
 few+=",cut-cross-entropy exact,eager packed,eager padded,unsloth fused"
 for name in "${parts[@]}"; do
   case "$name" in
     products) part products 30 120 "$python" benchmarks/product_rates.py --out "$work/tables" ;;
     tests) part tests 80 40 bash -c 'tests tests/gpu' ;;
-    kernels) part kernels 45 130 "$python" benchmarks/kernel_times.py --out "$work/tables" ;;
+    kernels) part kernels 30 130 "$python" benchmarks/kernel_times.py --out "$work/tables" ;;
     tiles) part tiles 65 60 "$python" benchmarks/candidates/check.py --out "$work/tables" --plans 64x4/2 32x8/4 --limit 60 ;;
     headlines)
       IFS=, read -ra names <<<"$few"
       part headlines 60 60 bash -c 'run gpu-loss gpu la-tb --limit 2 --budget 0.4 --time-limit 20 --providers "$@"' _ "${names[@]}" ;;
-    loss) part loss 80 40 bash -c 'run gpu-loss --budget 0.6 --time-limit 55 --without "naive compiled" "verl triton"' ;;
-    head) part head 80 80 bash -c 'run gpu --budget 0.5 --time-limit 60 --without "naive compiled" "verl triton" "liger scaled CE"' ;;
-    update) part update 60 30 bash -c 'run gpu-update --budget 8 --min-reps 2 --max-reps 3 --time-limit 40' ;;
-    la-tb) part la-tb 25 20 bash -c 'run la-tb --budget 0.5 --time-limit 15' ;;
-    trainer) part trainer 50 60 bash -c 'work=$work/trainer tests --tb=line --session-timeout 40 tests/test_{trainer,update,resume}.py' ;;
-    sweeps) part sweeps 60 60 bash -c 'run gpu-n --budget 0.4 --time-limit 40 --without "naive compiled" "verl triton" "liger scaled CE"' ;;
+    loss)
+      part loss 65 40 bash -c 'run "$@"' _ gpu-loss --limit 3 --budget 0.6 --time-limit 45 --without "${slow[@]}"
+      part loss-rest 30 40 bash -c 'run "$@"' _ gpu-loss --skip 3 --budget 0.5 --time-limit 22 --without "${slow[@]}" "$liger" ;;
+    head) part head 65 90 bash -c 'run "$@"' _ gpu --budget 0.4 --time-limit 50 --without "${slow[@]}" "$liger" ;;
+    update) part update 50 30 bash -c 'run gpu-update --budget 6 --min-reps 2 --max-reps 3 --time-limit 40' ;;
+    la-tb) part la-tb 15 20 bash -c 'run la-tb --budget 0.4 --time-limit 10 --without "eager packed compiled"' ;;
+    trainer) part trainer 40 60 bash -c 'work=$work/trainer tests --tb=line --session-timeout 30 tests/test_{trainer,update}.py' ;;
+    sweeps) part sweeps 60 60 bash -c 'run "$@"' _ gpu-n --budget 0.4 --time-limit 40 --without "${slow[@]}" "$liger" ;;
     *) echo "no such part: $name" ;;
   esac
 done

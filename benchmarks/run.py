@@ -263,7 +263,7 @@ def show(rows: list[dict]) -> None:
 
 def run_suite(name: str, options: argparse.Namespace, device: torch.device, tests: str) -> bool:
     """Writes ``<out>/<suite>.jsonl``; False if a result of ours was wrong."""
-    cases = SUITES[name][: options.limit]
+    cases = SUITES[name][options.skip :][: options.limit]
     if options.rehearse:
         cases = [case.tiny() for case in cases]
     environment = {"suite": name, **measure.environment(device), "tests": tests, "rehearsal": options.rehearse}
@@ -271,7 +271,7 @@ def run_suite(name: str, options: argparse.Namespace, device: torch.device, test
         environment["commit"] = options.commit
     right = True
     deadline = time.monotonic() + options.time_limit
-    with open(options.out / f"{name}.jsonl", "w", encoding="utf-8") as file:
+    with open(options.out / f"{name}.jsonl", "a" if options.skip else "w", encoding="utf-8") as file:
         for case in cases:
             if time.monotonic() > deadline:
                 print(f"{name}: time limit reached before {case.title()}", flush=True)
@@ -314,6 +314,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="of a copy that has no .git")
     parser.add_argument("--skip-tests", action="store_true", help="for development; every row says so")
     parser.add_argument("--tests-report", type=Path, help="JUnit file of a run of the tests, instead of running them")
+    parser.add_argument("--skip", type=int, default=0, help="not the first so many cases; the rows are added to those")
     parser.add_argument("--limit", type=int, help="only the first so many cases of each suite")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes: tries the machinery, measures nothing")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
