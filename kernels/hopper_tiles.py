@@ -69,8 +69,7 @@ REGISTERS = gl.constexpr([240, 24])
 
 
 class Plan(NamedTuple):
-    """Depth of a step (64 is the widest swizzle), stages of the ring, steps between the two consumers, and row tiles
-    that share a sweep over the columns."""
+    """Depth of a step (64: the widest swizzle), stages of the ring, steps between consumers, row tiles in a sweep."""
 
     depth: int = 64
     stages: int = 4

@@ -203,16 +203,20 @@ def add_matmul_fp32_(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False
 
 
 @triton.jit
-def tile_origin(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of this program's tile. GROUP row tiles share a sweep over the columns, so that the tiles in
+def tile_place(i, blocks_n, blocks_v, GROUP: tl.constexpr):
+    """Row tile and column tile of the i-th tile. GROUP row tiles share a sweep over the columns, so that the tiles in
     flight at one time form a near square of the logits and find most of their operands in L2."""
-    pid = tl.program_id(0)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    blocks_v = tl.cdiv(V, BLOCK_V)
-    first = pid // (GROUP * blocks_v) * GROUP
+    first = i // (GROUP * blocks_v) * GROUP
     height = tl.minimum(blocks_n - first, GROUP)
-    inside = pid % (GROUP * blocks_v)
-    return (first + inside % height) * BLOCK_N, inside // height * BLOCK_V
+    inside = i % (GROUP * blocks_v)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def tile_origin(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of this program's tile; `tile_place`."""
+    i, j = tile_place(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
+    return i * BLOCK_N, j * BLOCK_V
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from powerflow_fast.kernels.launch import (
     readable,
     rows_with_labels,
     tile_origin,
+    tile_place,
 )
 from powerflow_fast.kernels.linear_logprob_fwd import label_logits
 from powerflow_fast.kernels.types import LogitTransform, RowExponentials, kept_width
@@ -49,39 +50,38 @@ ANCHOR_RANGE = {
 HEADROOM = 14 * math.log(2.0)
 
 
-@triton.jit(do_not_specialize=["N", "plane"])
-def _exp_tile_kernel(
-    hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial,
+@triton.jit
+def _row_state(p_label, p_active, row, col, N, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile's rows, whether they are active, their labels, and `rows_with_labels` of them."""
+    n = row + tl.arange(0, BLOCK_N)
+    active = tl.load(p_active + n, mask=n < N, other=0) != 0
+    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+    return n, active, label, rows_with_labels(active, label, col, BLOCK_V)
+
+
+@triton.jit
+def _exp_tile(
+    hidden, weight, p_bias, p_active, p_anchor, o_exp, o_partial, row, col, n, active, label, rows,
     N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of E = e^(z - anchor), 0 in the label's column, times ``(dz/du) / slope`` where there is a softcap, in
     the dtype of ``o_exp``; and its row maxima of z and float32 row sums of e^(z - anchor) over those columns, at
-    ``o_partial[quantity, column tile, row]``. Rows that are not active are left as they were.
-
-    2NVH FLOP; writes NV elements. A tile with no active row returns at once, so a second launch for few rows is cheap.
-    """
-    row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
-    n = row + tl.arange(0, BLOCK_N)
-    active = tl.load(p_active + n, mask=n < N, other=0) != 0
-    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
-    rows = rows_with_labels(active, label, col, BLOCK_V)
-    if rows == 0:
-        return
+    ``o_partial[quantity, column tile, row]``. Rows that are not active are left as they were."""
     x, slope = logit_tile(
         hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre,
         BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
     )  # fmt: skip
     scale = logit_scale(pre, post, HAS_SOFTCAP)
     active = tl.load(p_active + n, mask=n < N, other=0) != 0  # again: registers are scarce during the product
-    cols = tl.arange(0, BLOCK_V)
     if col + BLOCK_V > V:
         # compared by row: masks of columns alone would be made before the product and held in registers
-        inside = cols[None, :] < tl.where(n < N, V - col, 0)[:, None]
+        inside = tl.arange(0, BLOCK_V)[None, :] < tl.where(n < N, V - col, 0)[:, None]
         x = tl.where(inside, x, float("-inf"))
     if rows >= WITH_LABEL:
-        x = tl.where(cols[None, :] != (label - col)[:, None], x, float("-inf"))
+        cols = col + tl.arange(0, BLOCK_V)
+        x = tl.where(cols[None, :] != label[:, None], x, float("-inf"))
     at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
     tl.store(at, tl.max(x, axis=1) * scale, mask=active)
     anchor = tl.load(p_anchor + n, mask=n < N, other=0.0) * LOG2_E
@@ -92,6 +92,47 @@ def _exp_tile_kernel(
     out = o_exp + row.to(tl.int64) * stride_exp + col + inner
     # up to the row's end, at a multiple of 16 elements, not to V: otherwise each element is stored by itself
     tl.store(out, e, mask=active[:, None] & (tl.arange(0, BLOCK_V) < stride_exp - col)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "plane"])
+def _exp_tile_kernel(
+    hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial,
+    N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """`_exp_tile`, one a program. 2NVH FLOP; writes NV elements. A tile with no active row returns at once."""
+    row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
+    n, active, label, rows = _row_state(p_label, p_active, row, col, N, BLOCK_N, BLOCK_V)
+    if rows == 0:
+        return
+    _exp_tile(
+        hidden, weight, p_bias, p_active, p_anchor, o_exp, o_partial, row, col, n, active, label, rows,
+        N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
+        BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "plane"])
+def _exp_tiles_again_kernel(
+    hidden, weight, p_bias, p_label, p_active, p_anchor, p_tiles, o_exp, o_partial,
+    N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """`_exp_tile` for every column tile of the row tiles that ``p_tiles`` lists (`active_tiles`), shared among the
+    programs. Usually it lists none, and a program only reads that."""
+    count = tl.load(p_tiles)
+    blocks_v = tl.cdiv(V, BLOCK_V)
+    for i in tl.range(tl.program_id(0), count * blocks_v, tl.num_programs(0), disable_licm=True):
+        place, j = tile_place(i, count, blocks_v, GROUP)
+        row, col = tl.load(p_tiles + 1 + place) * BLOCK_N, j * BLOCK_V
+        n, active, label, rows = _row_state(p_label, p_active, row, col, N, BLOCK_N, BLOCK_V)
+        _exp_tile(
+            hidden, weight, p_bias, p_active, p_anchor, o_exp, o_partial, row, col, n, active, label, rows,
+            N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
+            BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "plane"])
@@ -215,25 +256,25 @@ def _exponentials(
     floor, limit = ANCHOR_RANGE[hidden.dtype]
     logit, bend, active = label_logits(hidden, weight, labels, bias, transform, ignore_index)
     anchor = logit.clone()
-    hopper = hopper_tiles_for(hidden, bias, transform)
+    hopper, sms = hopper_tiles_for(hidden, bias, transform), num_sms(hidden.device)
     if not hopper:
         a, b, *strides = operands(hidden, weight, tile)
-    for again in (False, True):
-        if again:
-            _reanchor_kernel[(triton.cdiv(n, 16),)](
-                partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=16, BLOCK_T=128
-            )
-        if hopper:
-            hopper.exp_tiles(
-                hidden, weight, labels, active, active_tiles(active), anchor, exps, partial, pre,
-                sms=num_sms(hidden.device),
-            )  # fmt: skip
-            continue
-        _exp_tile_kernel[(triton.cdiv(n, tile.block_n) * tiles,)](
-            a, b, bias, labels, active, anchor, exps, partial,
-            n, v, h, plane, *strides, exps.stride(0), pre, post,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.logit_softcap is not None, **tile.meta(),
-        )  # fmt: skip
+        inputs = a, b, bias, labels, active, anchor
+        sizes = n, v, h, plane, *strides, exps.stride(0), pre, post
+        options = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": transform.logit_softcap is not None, **tile.meta()}
+        programs = triton.cdiv(n, tile.block_n) * tiles
+        _exp_tile_kernel[(programs,)](*inputs, exps, partial, *sizes, **options)
+    else:
+        inputs, results = (hidden, weight, labels, active), (anchor, exps, partial, pre)
+        hopper.exp_tiles(*inputs, active_tiles(active), *results, sms=sms)
+    _reanchor_kernel[(triton.cdiv(n, 16),)](
+        partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=16, BLOCK_T=128
+    )
+    if not hopper:
+        again = active_tiles(active, tile.block_n)
+        _exp_tiles_again_kernel[(min(programs, 2 * sms),)](*inputs, again, exps, partial, *sizes, **options)
+    else:
+        hopper.exp_tiles(*inputs, active_tiles(active), *results, sms=sms)
     return logit, bend, anchor
 
 

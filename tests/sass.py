@@ -41,8 +41,8 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def epilogue(code: list[Instruction], product: str) -> list[str]:
-    """Opcodes on the shortest path from the last ``product`` (the start of its opcode) to an unconditional EXIT; none
-    where there is no such path, as in warp-specialised kernels, which jump by register."""
+    """Opcodes on the shortest path from the last ``product`` (the start of its opcode) to an EXIT; none where
+    there is no such path, as in warp-specialised kernels, which jump by register."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     start = max((i for i, x in enumerate(code) if x.opcode.startswith(product)), default=None)
     if start is None:
@@ -51,7 +51,7 @@ def epilogue(code: list[Instruction], product: str) -> list[str]:
     queue = [(0, start)]
     while queue:
         length, i = heapq.heappop(queue)
-        if code[i].opcode == "EXIT" and code[i].always:
+        if code[i].opcode == "EXIT":
             path = []
             while i != start:
                 path.append(code[i].opcode)

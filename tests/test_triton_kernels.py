@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
+from powerflow_fast.kernels.active_tiles import active_tiles
 from powerflow_fast.kernels.launch import Tile
 from powerflow_fast.kernels.reference import linear_logprob_stats_ref, linear_logprobs_ref
 from powerflow_fast.kernels.types import ForwardOutput, HeadSums, LogitTransform
@@ -245,6 +246,34 @@ def test_ignored_rows_cost_no_tile(monkeypatch):
         *case.arguments(), forward, case.d_logp, need_d_hidden=True, need_d_weight=False, need_d_bias=False
     )
     assert len(tiles) == 6
+
+
+@pytest.mark.parametrize("softcap", [None, 300.0])
+def test_only_row_tiles_with_a_row_to_write_anew_are_made_twice(monkeypatch, softcap, check_accuracy):
+    """256 rows are 4 row tiles, 512 columns are 2; the second launch has more tiles than programs."""
+    case = make_case(torch.bfloat16, n=256, v=512, ignored=False, logit_softcap=softcap)
+    tiles, tile = [], linear_logprob_exps.logit_tile
+    monkeypatch.setattr(linear_logprob_exps, "logit_tile", lambda *a: (tiles.append(a[3:5]), tile(*a))[1])
+    linear_logprob_exps.linear_logprob_fwd_d_hidden(*case.arguments())
+    assert len(tiles) == 8
+    case.hidden[[70, 200]] = 0
+    case.hidden[:, 0] = 0
+    case.hidden[[70, 200], 0] = 1
+    case.labels[[70, 200]] = 5
+    case.weight[5, 0] = -120.0
+    tiles.clear()
+    linear_logprob_exps.linear_logprob_fwd_d_hidden(*case.arguments())
+    made_twice = sorted(tuple(int(x.handle.data.item()) for x in place) for place in tiles[8:])
+    assert made_twice == [(64, 0), (64, 256), (192, 0), (192, 256)]
+    case.check(check_accuracy)
+
+
+def test_active_tiles_are_listed_in_order():
+    active = torch.zeros(70 * 128 - 5, dtype=torch.int32)
+    assert int(active_tiles(active)[0]) == 0
+    active[[3, 7, 128, 64 * 128 + 127, len(active) - 1]] = 1
+    assert active_tiles(active)[:5].tolist() == [4, 0, 1, 64, 69]
+    assert active_tiles(active, 64)[:5].tolist() == [4, 0, 2, 129, 139]
 
 
 def test_a_zero_upstream_gradient_costs_no_tile(monkeypatch):
