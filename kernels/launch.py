@@ -111,7 +111,7 @@ def plan_rows(num_rows: int, row_bytes: int, tile: Tile) -> int:
     device, cuBLAS splits the sum (benchmarks/product_rates.py: within 5 % of all rows at once on an H200).
     """
     most = max(1, SCRATCH_BYTES // (row_bytes * tile.block_n)) * tile.block_n
-    chunks = triton.cdiv(num_rows, most)
+    chunks = max(1, triton.cdiv(num_rows, most))
     return min(num_rows, triton.cdiv(triton.cdiv(num_rows, chunks), tile.block_n) * tile.block_n)
 
 

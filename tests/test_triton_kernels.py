@@ -402,7 +402,7 @@ def test_chunks_change_nothing(monkeypatch, check_accuracy):
     case.check(check_accuracy)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", [*OPTIONS.values(), *SHAPES.values()], ids=[*OPTIONS, *SHAPES])
 def test_products_that_are_made_first(monkeypatch, options, check_accuracy):
     """As float32 runs on a GPU: chunks of products by torch.mm, which the tile kernels read."""
     monkeypatch.setattr(launch, "tile_for", lambda *_, **__: Tile(16, 256, 0, 4, 1, False))
@@ -446,6 +446,7 @@ def test_only_what_is_needed(monkeypatch):
 
 def test_row_plan_is_even_and_within_its_budget():
     tile = launch.tile_for(torch.bfloat16, (9, 0), heavy=False)
+    assert launch.plan_rows(0, 64, tile) == 0
     for n, v in ((8192, 151936), (100_000, 128256), (8192, 49152), (1792, 151936), (300, 8_000_000), (1, 32)):
         rows = launch.plan_rows(n, 2 * v, tile)
         assert rows == n or rows % tile.block_n == 0
