@@ -16,6 +16,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 from plots import PLOTS, Plot, cases_of, draw, home  # noqa: E402
+from render_device import device_page, load_device, readme_part  # noqa: E402
 from results import (  # noqa: E402
     Providers,
     Row,
@@ -76,15 +77,16 @@ def cell(row: Row | None, *, name: bool = False) -> str:
     return f"{label}{', '.join(part for part in parts if part)}{STALE if is_stale(row) else ''}"
 
 
-def readme_block(rows: list[Row]) -> str:
-    """One small table: a frozen head, the loss with a trained one, a whole update; on a CPU and, if measured, a GPU."""
+def readme_block(rows: list[Row], passes: list[Row] | None = None) -> str:
+    """One small table: a frozen head, the loss with a trained one, a whole update; on a CPU and, if measured, a GPU.
+    Before it, ``passes`` of a GPU over their bare products."""
     cases: list[Providers] = []
     for suite in ("gpu", "gpu-loss", "gpu-update", "cpu", "cpu-loss", "cpu-update"):
         of_suite = by_case(r for r in rows if r["suite"] == suite and (r["mode"] == "frozen" or r["op"] != HEAD))
         cases += of_suite[:4]
     cases = [c for c in cases if ours(c) and ours(c)["status"] != "skipped"]
     shown = [row for providers in cases for row in providers.values()]
-    parts = []
+    parts = [readme_part(passes)] if passes else []
     if cases:
         lines = [
             "Forward and backward of a language-model head over N tokens: median time, peak memory on top of the "
@@ -111,7 +113,7 @@ def readme_block(rows: list[Row]) -> str:
         parts.append("\n".join(lines))
         devices = dict.fromkeys(map(device_of, shown))
         parts.append("\n".join(f"{machine([r for r in shown if device_of(r) == d])}." for d in devices))
-        if any(is_stale(row) for row in shown):
+        if any(is_stale(row) for row in [*shown, *(passes or [])]):
             parts.append(STALE_NOTE)
     else:
         parts.append("Not measured yet.")
@@ -299,11 +301,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.summary:
         print(summary(rows))
         return 0
+    device = load_device(options.results)
+    block = readme_block(rows, device.get("kernel-times"))
     wanted = {
-        options.readme: fill(options.readme.read_text(encoding="utf-8"), readme_block(rows)),
+        options.readme: fill(options.readme.read_text(encoding="utf-8"), block),
         options.page: fill(options.page.read_text(encoding="utf-8"), plot_block(rows)),
         options.results / "TABLES.md": tables(rows),
     }
+    if device:
+        wanted[options.results / "DEVICE.md"] = device_page(device)
     if options.check:
         different = [p.name for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
         if different:

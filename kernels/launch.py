@@ -22,7 +22,7 @@ from powerflow_fast.kernels.types import LogitTransform
 
 SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a gradient needs at a time
 # Whether sm_90 runs the kernels of hopper_tiles where those can stand in for the Triton tile kernels: right and 1.0 to
-# 1.6 times as fast on an H200 (benchmarks/candidates/check.py).
+# 1.6 times as fast on an H200 (benchmarks/tile_times.py).
 HOPPER_TILES = True
 SCRATCH_ROWS = 8192  # rows per forward launch: bounds the gathered rows and the partial sums; 64 row tiles fill any GPU
 

@@ -381,8 +381,15 @@ def linear_logprob_bwd_exps(
     products = products_for(hidden)
     dtype = products.operand_dtype
     factor = -d_logp * kept.scale
-    product = torch.zeros(hidden.shape, dtype=products.dtype, device=hidden.device) if need_d_hidden else None
     scaled = (hidden * factor[:, None]).to(dtype)
+    if products.rounds_whole and add_to.fresh and (add_to.d_weight is None or add_to.d_weight.dtype == dtype):
+        if add_to.d_weight is not None:
+            torch.mm(kept.exps.t(), scaled, out=add_to.d_weight)
+        if add_to.d_bias is not None:
+            add_to.d_bias.copy_(torch.mv(kept.exps.t(), factor.to(dtype)))
+        add_to.fresh = False
+        return (torch.mm(kept.exps, weight) * factor[:, None]).to(hidden.dtype) if need_d_hidden else None
+    product = torch.zeros(hidden.shape, dtype=products.dtype, device=hidden.device) if need_d_hidden else None
     n, v = kept.exps.shape
     width = products.tile_shape(n, v)[1]
     for start in range(0, v, width):

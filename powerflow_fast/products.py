@@ -53,6 +53,12 @@ class Products:
         self.operand_dtype = self.dtype
         self.is_cuda = hidden.is_cuda
 
+    @property
+    def rounds_whole(self) -> bool:
+        """Whether a product that is complete, and is to be rounded to half precision anyway, is best left to torch.mm:
+        it sums in fp32, and needs no second pass for the rounding."""
+        return self.operand_dtype == torch.bfloat16
+
     def tile_shape(self, n: int, v: int) -> tuple[int, int]:
         """(rows, columns) of one tile of logits.
 

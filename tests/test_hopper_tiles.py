@@ -27,7 +27,7 @@ from powerflow_fast.kernels import (
 )
 from powerflow_fast.kernels.active_tiles import active_tiles
 
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/candidates/check.py runs them on a GPU")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/tile_times.py runs them on a GPU")
 MARK = 7.0
 
 

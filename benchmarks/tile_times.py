@@ -1,6 +1,6 @@
 """Checks Hopper's own tile kernels against the library's Triton ones and times both, on an sm_90 GPU:
 
-    python benchmarks/candidates/check.py [--quick] [--plans 64x4/2 32x8/4] [--groups 8 32] [--seed 1] [--out FOLDER]
+    python benchmarks/tile_times.py [--quick] [--plans 64x4/2 32x8/4] [--groups 8 32] [--seed 1] [--out FOLDER]
 
 Each use (``rest``, ``exp``, ``grad``) by each plan, "depth of a step x stages / stagger", must give the library's
 numbers, leave alone what it must, and repeat its bits, at awkward shapes and at those that are timed; only then is it
