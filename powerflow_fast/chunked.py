@@ -382,7 +382,8 @@ def linear_logprob_bwd_exps(
     dtype = products.operand_dtype
     factor = -d_logp * kept.scale
     scaled = (hidden * factor[:, None]).to(dtype)
-    if products.rounds_whole and add_to.fresh and (add_to.d_weight is None or add_to.d_weight.dtype == dtype):
+    rounded = all(x is None or x.dtype == dtype for x in (add_to.d_weight, add_to.d_bias))
+    if products.rounds_whole and add_to.fresh and rounded:
         if add_to.d_weight is not None:
             torch.mm(kept.exps.t(), scaled, out=add_to.d_weight)
         if add_to.d_bias is not None:

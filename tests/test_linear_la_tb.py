@@ -355,3 +355,24 @@ def test_a_bias_in_double_precision_is_trained_in_several_chunks(backend, dtype)
     assert grads[0][1].dtype == torch.float64
     for whole, cut in zip(*grads, strict=True):
         torch.testing.assert_close(cut, whole, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+
+
+def test_a_float32_bias_beside_a_bf16_head_keeps_its_digits():
+    """Complete products are rounded at once where the sums are bf16, and only there."""
+    g = torch.Generator().manual_seed(0)
+    n, v, h = 256, 300, 64
+    cu = torch.tensor([0, 100, n], dtype=torch.int32)
+    labels = torch.randint(v, (n,), generator=g)
+    hidden, weight = (torch.randn(rows, h, generator=g).bfloat16() for rows in (n, v))
+    sequences = (cu, torch.full((2,), -300.0), torch.zeros(2))
+
+    def gradient(dtype):
+        bias = torch.zeros(v, requires_grad=True)
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        loss = linear_la_tb_loss(*leaves, labels, *sequences, alpha=2.0, bias=bias).loss
+        return torch.autograd.grad(loss, [*leaves, bias])[2]
+
+    ours, exact = gradient(torch.bfloat16), gradient(torch.float32)
+    bf16 = exact.bfloat16().float()
+    assert not torch.equal(ours, ours.bfloat16().float()), "no sum was rounded to bf16"
+    assert float((ours - exact).norm()) < 3 * float((bf16 - exact).norm())
