@@ -227,7 +227,7 @@ def _holds_label(label, col):
 @gluon.jit
 def _send(x, row, col, out, box):
     """Writes x at (row, col) of the matrix behind ``out``, through ``box`` in shared memory. The copy engine leaves out
-    what lies beyond the matrix. All threads of the warpgroup come here."""
+    what lies more than 16 bytes beyond a row's end. All threads of the warpgroup come here."""
     tma.store_wait(0)  # the thread that sent the last box returns once that has been read
     _barrier()
     box.store(x)
@@ -445,7 +445,7 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
 
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A descriptor of ``rows x columns`` boxes of ``x``; reading, a box is 0 outside of ``x``; writing, cut off."""
+    """A descriptor of ``rows x columns`` boxes of ``x``: 0 outside of ``x`` to read, cut off at 16 bytes to write."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _layout(rows, columns, x.dtype))
 
 

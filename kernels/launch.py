@@ -21,8 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from powerflow_fast.kernels.types import LogitTransform
 
 SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a gradient needs at a time
-# Whether sm_90 runs the kernels of hopper_tiles where those can stand in for the Triton tile kernels: right and 1.0 to
-# 1.6 times as fast on an H200 (benchmarks/tile_times.py).
+# Whether sm_90 runs the kernels of hopper_tiles where those can stand in for the Triton tile kernels: right on an H200,
+# and 1.0 to 1.5 times as fast as those were before their epilogues became cheaper (benchmarks/results/DEVICE.md).
 HOPPER_TILES = True
 SCRATCH_ROWS = 8192  # rows per forward launch: bounds the gathered rows and the partial sums; 64 row tiles fill any GPU
 
@@ -71,7 +71,7 @@ def tile_for(dtype: torch.dtype, capability: tuple[int, int] | None, *, heavy: b
     """
     if capability is None:
         return Tile(64, 256, 64, 4, 1, True)
-    if dtype == torch.float32:  # IEEE products run outside the tensor cores: cuBLAS has twice the rate of a Triton tile
+    if dtype == torch.float32:  # IEEE products run outside the tensor cores: cuBLAS's, expected at twice a tile's rate
         return Tile(16, 512 if heavy else 1024, 0, 8, 1, False)
     if capability[0] in (9, 10):
         return Tile(128, 128 if heavy else 256, 64, 8, 4, True)
@@ -107,8 +107,8 @@ def plan_rows(num_rows: int, row_bytes: int, tile: Tile) -> int:
     """Rows per chunk, a multiple of the tile, so that a ``[rows, V]`` buffer keeps to SCRATCH_BYTES (one tile at the
     least) and the chunks come out of one size.
 
-    How many there are hardly matters to the ``[rows, V] @ [V, H]`` product: where its tiles are too few for the
-    device, cuBLAS splits the sum (benchmarks/product_rates.py: within 5 % of all rows at once on an H200).
+    Not waves of tiles over the device: where a ``[rows, V] @ [V, H]`` product has too few, cuBLAS splits the sum. On an
+    H200 chunks of this size took 0.86 to 1.09 of the time of all rows at once (benchmarks/results/DEVICE.md).
     """
     most = max(1, SCRATCH_BYTES // (row_bytes * tile.block_n)) * tile.block_n
     chunks = max(1, triton.cdiv(num_rows, most))
