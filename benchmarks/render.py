@@ -18,6 +18,8 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 from plots import PLOTS, Plot, cases_of, draw, home  # noqa: E402
 from render_device import device_page, load_device, readme_part  # noqa: E402
 from results import (  # noqa: E402
+    STALE,
+    STALE_NOTE,
     Providers,
     Row,
     baseline,
@@ -36,11 +38,9 @@ from results import (  # noqa: E402
 )
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-STALE = "†"
 HEAD = "linear_logprobs"
 WHAT = {HEAD: "frozen head", "linear_la_tb_loss": "LA-TB loss", "update": "update"}
 WHOLE_MODEL = ("update", "rollout")
-STALE_NOTE = f"{STALE} measured before the last change of these sources."
 
 
 def machine(rows: list[Row]) -> str:

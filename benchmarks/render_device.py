@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from results import Row, is_stale
+from results import STALE, STALE_NOTE, Row, is_stale
 
-STALE = "†"
 PASSES = {"no_grad": "forward", "frozen": "frozen head", "one pass": "LA-TB loss, one pass"}
 PRODUCTS = {"no_grad": 1, "frozen": 2, "full": 3, "one pass": 3}
 """[N, V, H] products that a mode cannot do without."""
@@ -134,7 +133,7 @@ def device_page(found: dict[str, list[Row]]) -> str:
         "# Inside of a pass, on a GPU",
         "",
         "Written by `benchmarks/render.py` from `device/*.jsonl`; [../README.md](../README.md) says what is measured.",
-        f"{STALE} measured before the last change of these sources.",
+        STALE_NOTE,
         "",
     ]
     writers = {"kernel-times": _passes, "tile-kernels": _tiles, "product-rates": _products}

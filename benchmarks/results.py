@@ -11,6 +11,8 @@ import measure
 from operations import OPERATIONS, Case
 
 Row = dict
+STALE = "†"
+STALE_NOTE = f"{STALE} measured before the last change of these sources."
 Providers = dict[str, Row]
 """The rows of one case, by provider, in the order in which they were written."""
 
