@@ -86,7 +86,10 @@ def forms(x: Tensor, w: Tensor, e: Tensor) -> Iterator[tuple[str, Callable[[], o
     yield "E^T X fp32 in 2 row chunks", halves
 
 
-def median_ms(call: Callable[[], object], repetitions: int) -> float:
+def median_ms(
+    call: Callable[[], object], repetitions: int, wait: Callable[[], object] = torch.cuda.synchronize
+) -> float:
+    """Median of calls in a row, by events; ``wait`` until the device is done, or gives up on it."""
     for _ in range(2):
         call()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
@@ -94,7 +97,7 @@ def median_ms(call: Callable[[], object], repetitions: int) -> float:
     for event in events[1:]:
         call()
         event.record()
-    torch.cuda.synchronize()
+    wait()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import product_rates
 import torch
 import triton
 
@@ -214,16 +213,8 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is None or torch.equal(a, b)
 
 
-def median_ms(function, what: str, count: int = 10) -> float:
-    for _ in range(2):
-        function()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for event in events[1:]:
-        function()
-        event.record()
-    finish(what, 20)
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+def median_ms(function, what: str) -> float:
+    return product_rates.median_ms(function, 10, lambda: finish(what, 20))
 
 
 def product_ms(case: Case) -> float:
