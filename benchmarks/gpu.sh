@@ -120,7 +120,7 @@ for name in "${parts[@]}"; do
   case "$name" in
     products) part products 30 120 "$python" benchmarks/product_rates.py --out "$work/tables" ;;
     tests) part tests 80 40 bash -c 'tests tests/gpu' ;;
-    kernels) part kernels 30 130 "$python" benchmarks/kernel_times.py --out "$work/tables" ;;
+    kernels) part kernels 30 130 "$python" benchmarks/kernel_times.py --out "$work/tables" --commit "$commit" ;;
     tiles) part tiles 65 60 "$python" benchmarks/tile_times.py --out "$work/tables" --plans 64x4/2 32x8/4 --limit 60 ;;
     headlines)
       IFS=, read -ra names <<<"$few"
