@@ -44,6 +44,7 @@ _HEAD_TRITON = (
     "kernels/linear_logprob_fwd.py",
     "kernels/linear_logprob_exps.py",
     "kernels/linear_logprob_bwd.py",
+    "kernels/hopper_pipeline.py",
     "kernels/hopper_tiles.py",
     "kernels/active_tiles.py",
     *_TYPES,

@@ -1,4 +1,5 @@
-"""Runs the Gluon kernels of kernels/hopper_tiles.py on a CPU: their own Python source over stand-ins for Gluon.
+"""Runs the Gluon kernels of kernels/hopper_tiles.py on a CPU, with those of hopper_pipeline.py that they are made of:
+their own Python source over stand-ins for Gluon.
 
 `Emulated` takes a kernel's place. It runs the partitions of each program one after the other, the producer first, on
 torch tensors: a box of shared memory keeps everything that was copied into it, in order, and its n-th reader gets the
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as real
 from triton.experimental.gluon._runtime import GluonJITFunction
 
-from powerflow_fast.kernels import hopper_tiles
+from powerflow_fast.kernels import hopper_pipeline, hopper_tiles
 
 
 class Block(torch.Tensor):
@@ -164,7 +165,7 @@ class Machine:
         return acc if outstanding else acc.value
 
     def globals(self) -> dict:
-        """The module's names as a kernel of this program finds them."""
+        """The modules' names as a kernel of this program finds them."""
 
         gl = types.SimpleNamespace(
             constexpr=real.constexpr,
@@ -202,7 +203,8 @@ class Machine:
             async_copy_shared_to_global=self.copy_out,
             store_wait=lambda pending: self.note("sent", pending),
         )
-        names = {name: plain(value) for name, value in vars(hopper_tiles).items()}
+        modules = vars(hopper_pipeline) | vars(hopper_tiles)
+        names = {name: plain(value) for name, value in modules.items()}
         names |= {
             "gl": gl,
             "mbarrier": barrier,
