@@ -30,6 +30,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, where th
 LOG2_E = tl.constexpr(1.4426950408889634)
 WITH_LABEL = tl.constexpr(2**16)  # more than a tile has rows
 LN_2 = tl.constexpr(0.6931471805599453)
+NO_LOGIT = tl.constexpr(-1e20)  # below any logit, for sums of e^z z: 0 times -inf would be no number
 
 
 def logit_factors(transform: LogitTransform) -> tuple[float, float, float]:

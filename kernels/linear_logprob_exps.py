@@ -15,7 +15,9 @@ from torch import Tensor
 
 from powerflow_fast.kernels.active_tiles import active_tiles
 from powerflow_fast.kernels.launch import (
+    LN_2,
     LOG2_E,
+    NO_LOGIT,
     WITH_LABEL,
     Tile,
     choose_tile,
@@ -35,8 +37,8 @@ from powerflow_fast.kernels.launch import (
     tile_origin,
     tile_place,
 )
-from powerflow_fast.kernels.linear_logprob_fwd import label_logits
-from powerflow_fast.kernels.types import LogitTransform, RowExponentials, kept_width
+from powerflow_fast.kernels.linear_logprob_fwd import label_logits, store_statistics
+from powerflow_fast.kernels.types import HiddenGradient, LogitTransform, RowExponentials, RowStatistics, kept_width
 
 # The range in which a row's sum of exp(z - z_y) must lie when its exponentials are stored in a dtype; outside of it the
 # row is written anew around its maximum. float16 ends at 65504 above and 6e-8 below, where a confident token's
@@ -51,42 +53,50 @@ HEADROOM = 14 * math.log(2.0)
 
 
 @triton.jit
-def _row_state(p_label, p_active, row, col, N, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A tile's rows, whether they are active, their labels, and `rows_with_labels` of them."""
-    n = row + tl.arange(0, BLOCK_N)
-    active = tl.load(p_active + n, mask=n < N, other=0) != 0
-    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
-    return n, active, label, rows_with_labels(active, label, col, BLOCK_V)
-
-
-@triton.jit
 def _exp_tile(
-    hidden, weight, p_bias, p_active, p_anchor, o_exp, o_partial, row, col, n, active, label, rows,
+    hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial, row, col, n, rows,
     N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of E = e^(z - anchor), 0 in the label's column, times ``(dz/du) / slope`` where there is a softcap, in
-    the dtype of ``o_exp``; and its row maxima of z and float32 row sums of e^(z - anchor) over those columns, at
-    ``o_partial[quantity, column tile, row]``. Rows that are not active are left as they were."""
+    the dtype of ``o_exp``. At ``o_partial[quantity, column tile, row]`` its row maxima of z and float32 row sums of
+    e^(z - anchor) over those columns and, for statistics, row sums of e^(z - anchor) (z - anchor), and of z over all
+    columns. Rows that are not active are left as they were."""
     x, slope = logit_tile(
         hidden, weight, p_bias, row, col, N, V, H, stride_h, stride_w, pre,
         BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
     )  # fmt: skip
     scale = logit_scale(pre, post, HAS_SOFTCAP)
     active = tl.load(p_active + n, mask=n < N, other=0) != 0  # again: registers are scarce during the product
+    at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
+    nothing: tl.constexpr = NO_LOGIT if STATS else float("-inf")
+    if STATS:
+        total = tl.sum(x, axis=1)
     if col + BLOCK_V > V:
         # compared by row: masks of columns alone would be made before the product and held in registers
         inside = tl.arange(0, BLOCK_V)[None, :] < tl.where(n < N, V - col, 0)[:, None]
-        x = tl.where(inside, x, float("-inf"))
+        if STATS:
+            total = tl.sum(tl.where(inside, x, 0.0), axis=1)
+        x = tl.where(inside, x, nothing)
+    if STATS:
+        tl.store(at + 3 * plane, total * scale, mask=active)
     if rows >= WITH_LABEL:
+        label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
         cols = col + tl.arange(0, BLOCK_V)
-        x = tl.where(cols[None, :] != label[:, None], x, float("-inf"))
-    at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
-    tl.store(at, tl.max(x, axis=1) * scale, mask=active)
+        x = tl.where(cols[None, :] != label[:, None], x, nothing)
+    top = tl.max(x, axis=1)
+    if STATS:
+        top = tl.where(top <= NO_LOGIT, float("-inf"), top)
+    tl.store(at, top * scale, mask=active)
     anchor = tl.load(p_anchor + n, mask=n < N, other=0.0) * LOG2_E
-    e = exp2(tl.fma(x, scale * LOG2_E, -anchor[:, None]))
+    x = tl.fma(x, scale * LOG2_E, -anchor[:, None])
+    if STATS and HAS_BIAS:  # which may be -inf
+        x = tl.maximum(x, NO_LOGIT)
+    e = exp2(x)
     tl.store(at + plane, tl.sum(e, axis=1), mask=active)
+    if STATS:
+        tl.store(at + 2 * plane, tl.sum(e * x, axis=1) * LN_2, mask=active)
     e = (e * slope).to(o_exp.dtype.element_ty)
     inner = tl.arange(0, BLOCK_N)[:, None] * stride_exp + tl.arange(0, BLOCK_V)[None, :]
     out = o_exp + row.to(tl.int64) * stride_exp + col + inner
@@ -99,17 +109,20 @@ def _exp_tile_kernel(
     hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial,
     N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """`_exp_tile`, one a program. 2NVH FLOP; writes NV elements. A tile with no active row returns at once."""
     row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
-    n, active, label, rows = _row_state(p_label, p_active, row, col, N, BLOCK_N, BLOCK_V)
+    n = row + tl.arange(0, BLOCK_N)
+    active = tl.load(p_active + n, mask=n < N, other=0) != 0
+    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+    rows = rows_with_labels(active, label, col, BLOCK_V)
     if rows == 0:
         return
     _exp_tile(
-        hidden, weight, p_bias, p_active, p_anchor, o_exp, o_partial, row, col, n, active, label, rows,
+        hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial, row, col, n, rows,
         N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
-        BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
+        BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, STATS, TMA,
     )  # fmt: skip
 
 
@@ -118,7 +131,7 @@ def _exp_tiles_again_kernel(
     hidden, weight, p_bias, p_label, p_active, p_anchor, p_tiles, o_exp, o_partial,
     N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """`_exp_tile` for every column tile of the row tiles that ``p_tiles`` lists (`active_tiles`), shared among the
     programs. Usually it lists none, and a program only reads that."""
@@ -127,11 +140,14 @@ def _exp_tiles_again_kernel(
     for i in tl.range(tl.program_id(0), count * blocks_v, tl.num_programs(0), disable_licm=True):
         place, j = tile_place(i, count, blocks_v, GROUP)
         row, col = tl.load(p_tiles + 1 + place) * BLOCK_N, j * BLOCK_V
-        n, active, label, rows = _row_state(p_label, p_active, row, col, N, BLOCK_N, BLOCK_V)
+        n = row + tl.arange(0, BLOCK_N)
+        active = tl.load(p_active + n, mask=n < N, other=0) != 0
+        label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+        rows = rows_with_labels(active, label, col, BLOCK_V)
         _exp_tile(
-            hidden, weight, p_bias, p_active, p_anchor, o_exp, o_partial, row, col, n, active, label, rows,
+            hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial, row, col, n, rows,
             N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
-            BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
+            BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, STATS, TMA,
         )  # fmt: skip
 
 
@@ -177,14 +193,33 @@ def _row_sums(p_partial, p_logit, p_anchor, n, active, N, TILES, plane, BLOCK_N:
     return total, own, tl.where(likely, 0.0, anchor - z_y + tl.log(total)) + log1p_unit(ratio)
 
 
-@triton.jit(do_not_specialize=["N", "plane"])
+@triton.jit
+def _store_row_statistics(
+    p_partial, p_logit, p_anchor, o_stats, stride, out, n, active, total, N, V, TILES, plane,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """`store_statistics` of the rows n, whose S is ``total``, at ``o_stats[quantity, out]``."""
+    weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    logits = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for t in range(0, TILES, BLOCK_T // 2):  # of two quantities
+        i = t + tl.arange(0, BLOCK_T // 2)
+        mask = (i < TILES)[:, None] & active[None, :]
+        at = p_partial + 2 * plane + i.to(tl.int64)[:, None] * N + n[None, :]
+        weighted += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
+        logits += tl.sum(tl.load(at + plane, mask=mask, other=0.0), axis=0)
+    z_y = tl.load(p_logit + n, mask=n < N, other=0.0)
+    anchor = tl.load(p_anchor + n, mask=n < N, other=0.0)
+    store_statistics(o_stats + out, stride, n < N, active, z_y, anchor, total, weighted, logits, V)
+
+
+@triton.jit(do_not_specialize=["N", "plane", "stride_stats"])
 def _keep_rows_kernel(
-    p_partial, p_logit, p_slope, p_anchor, p_label, o_logp, o_scale, o_exp,
-    N, V, TILES, plane, stride_exp, slope,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    p_partial, p_logit, p_slope, p_anchor, p_label, o_logp, o_scale, o_stats, o_exp,
+    N, V, TILES, plane, stride_stats, stride_exp, slope,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """logp, ``slope / (t + S)`` and, in the label's column of the exponentials, ``-S (dz/du)_y / slope``: with that
-    element ``d logp / d u = -scale * exponentials`` in every column. Writes 3 elements a row."""
+    element ``d logp / d u = -scale * exponentials`` in every column. Writes 3 elements a row, 6 with statistics."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     label = tl.load(p_label + n, mask=n < N, other=-1)
     total, own, surprise = _row_sums(
@@ -192,6 +227,11 @@ def _keep_rows_kernel(
     )  # fmt: skip
     tl.store(o_logp + n, -surprise, mask=n < N)
     tl.store(o_scale + n, slope / (own + total), mask=n < N)
+    if STATS:
+        _store_row_statistics(
+            p_partial, p_logit, p_anchor, o_stats, stride_stats, n, n, n < N, total, N, V, TILES, plane,
+            BLOCK_N, BLOCK_T,
+        )  # fmt: skip
     if HAS_SOFTCAP:
         total *= tl.load(p_slope + n, mask=n < N, other=0.0)
     known = (n < N) & (label >= 0) & (label < V)
@@ -199,13 +239,14 @@ def _keep_rows_kernel(
     tl.store(out, (-total).to(o_exp.dtype.element_ty), mask=known)
 
 
-@triton.jit(do_not_specialize=["N", "plane"])
+@triton.jit(do_not_specialize=["N", "plane", "stride_stats"])
 def _unit_gradient_kernel(
-    p_partial, p_logit, p_slope, p_anchor, p_label, p_rows, p_product, p_weight, o_logp, o_grad,
-    N, V, H, TILES, plane, stride_w, stride_grad, ignore_index, slope,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    p_partial, p_logit, p_slope, p_anchor, p_label, p_rows, p_product, p_weight, o_logp, o_stats, o_grad,
+    N, V, H, TILES, plane, stride_stats, stride_w, stride_grad, ignore_index, slope,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    """logp and d logp / d hidden of each row from its exponentials, at row ``p_rows[row]`` of the outputs.
+    """logp, d logp / d hidden and statistics of each row from its exponentials, at ``p_rows[row]`` of the outputs.
 
     With t and S as in `_row_sums`, c_j = (dz/du)_j / slope and the product A = sum_{j != y} e^(z_j - a) c_j W_j::
 
@@ -222,6 +263,11 @@ def _unit_gradient_kernel(
     )  # fmt: skip
     rows = tl.load(p_rows + n, mask=n < N, other=0)
     tl.store(o_logp + rows, tl.where(active, -surprise, 0.0), mask=n < N)
+    if STATS:
+        _store_row_statistics(
+            p_partial, p_logit, p_anchor, o_stats, stride_stats, rows, n, active, total, N, V, TILES, plane,
+            BLOCK_N, BLOCK_T,
+        )  # fmt: skip
 
     scale = slope / (own + total)
     if HAS_SOFTCAP:
@@ -248,20 +294,23 @@ def _exponentials(
     partial: Tensor,
     tile: Tile,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Fills ``exps`` and ``partial`` (`_exp_tile_kernel`): around each row's z_y, then once more, around the maximum,
-    the rows that leave their dtype's range so. Returns (z_y, (dz/du)_y / slope with a softcap, anchor)."""
+    """Fills ``exps`` and ``partial``, (2, tiles, rows) or 4 for 2 with statistics, as `_exp_tile_kernel` does: around
+    each row's z_y, then once more, around the maximum, the rows that leave their dtype's range so. Returns
+    (z_y, (dz/du)_y / slope with a softcap, anchor)."""
     (n, h), v = hidden.shape, weight.shape[0]
     pre, post, _ = logit_factors(transform)
     tiles, plane = partial.shape[1], partial.stride(0)
     floor, limit = ANCHOR_RANGE[hidden.dtype]
     logit, bend, active = label_logits(hidden, weight, labels, bias, transform, ignore_index)
     anchor = logit.clone()
-    hopper, sms = hopper_tiles_for(hidden, bias, transform), num_sms(hidden.device)
+    stats, sms = partial.shape[0] == 4, num_sms(hidden.device)
+    hopper = hopper_tiles_for(hidden, bias, transform, stats=stats)
     if not hopper:
         a, b, *strides = operands(hidden, weight, tile)
         inputs = a, b, bias, labels, active, anchor
         sizes = n, v, h, plane, *strides, exps.stride(0), pre, post
-        options = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": transform.logit_softcap is not None, **tile.meta()}
+        options = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": transform.logit_softcap is not None}
+        options |= {"STATS": stats, **tile.meta()}
         programs = triton.cdiv(n, tile.block_n) * tiles
         _exp_tile_kernel[(programs,)](*inputs, exps, partial, *sizes, **options)
     else:
@@ -280,16 +329,22 @@ def _exponentials(
 
 @launcher
 def linear_logprob_fwd_d_hidden(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """``logp`` (N,) float32 as `linear_logprob_fwd` gives it, and ``d logp[i] / d hidden[i]`` (N, H) in hidden's dtype,
-    or float32 for float16.
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    *,
+    stats: bool = False,
+) -> HiddenGradient:
+    """``logp`` and statistics as `linear_logprob_fwd` gives them, and ``d logp[i] / d hidden[i]``.
 
     For a head that takes no gradient. The backward pass is then a row scale, and both together cost 4NVH FLOP: the
     exponentials E of a chunk of rows are stored once, around each row's own z_y, and ``E @ W`` follows while they are
     at hand; the division by their sum comes after the product. E is as exact relative to 1 - p as its dtype is.
     Scratch: SCRATCH_BYTES for E (with float32, for E and the products), and per row of its chunk H elements, H float32
-    and ``ceil(V / BLOCK_V) * 8`` bytes.
+    and ``ceil(V / BLOCK_V) * 8`` bytes (16 for 8 with ``stats``).
     """
     n, h = hidden.shape
     v = weight.shape[0]
@@ -300,16 +355,18 @@ def linear_logprob_fwd_d_hidden(
     bias = None if bias is None else bias.contiguous()
     rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
     logp = hidden.new_empty(n, dtype=torch.float32)
+    row_stats = hidden.new_empty(3, n, dtype=torch.float32) if stats else None
     # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
     unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     d_hidden = hidden.new_empty(n, h, dtype=unit_dtype)
+    result = HiddenGradient(logp, d_hidden, RowStatistics(*row_stats) if stats else None)
     if n == 0:
-        return logp, d_hidden
+        return result
     width = kept_width(v)
     size = plan_rows(n, width * hidden.element_size() * (1 if tile.block_h else 2), tile)
     tiles = triton.cdiv(v, tile.block_v)
     exps = hidden.new_empty(size, width)
-    partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
+    partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
     for part in rows.split(size):
         chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
         count = len(part)
@@ -318,11 +375,11 @@ def linear_logprob_fwd_d_hidden(
         )  # fmt: skip
         product = matmul_fp32(exps[:count, :v], weight)
         _unit_gradient_kernel[(triton.cdiv(count, 16),)](
-            partial, logit, bend, anchor, y, part, product, weight, logp, d_hidden,
-            count, v, h, tiles, partial.stride(0), weight.stride(0), h, ignore_index, slope,
-            BLOCK_N=16, BLOCK_H=512, BLOCK_T=64, HAS_SOFTCAP=softcap, num_warps=8,
+            partial, logit, bend, anchor, y, part, product, weight, logp, row_stats, d_hidden,
+            count, v, h, tiles, partial.stride(0), n, weight.stride(0), h, ignore_index, slope,
+            BLOCK_N=16, BLOCK_H=512, BLOCK_T=64, HAS_SOFTCAP=softcap, STATS=stats, num_warps=8,
         )  # fmt: skip
-    return logp, d_hidden
+    return result
 
 
 @launcher
@@ -334,8 +391,9 @@ def linear_logprob_fwd_exps(
     transform: LogitTransform,
     *,
     memory: Tensor | None = None,
+    stats: bool = False,
 ) -> RowExponentials:
-    """``logp`` and what `linear_logprob_bwd_exps` needs for the gradients of a trainable head: 2NVH FLOP.
+    """``logp``, statistics and what `linear_logprob_bwd_exps` needs for the gradients of a trainable head: 2NVH FLOP.
 
     Keeps V elements per row of hidden's dtype, whose range must not be float16's (the upstream gradient comes later),
     in ``memory`` where that is given (``N * kept_width(V)`` elements or more). No row is ignored; a label outside
@@ -346,12 +404,12 @@ def linear_logprob_fwd_exps(
     softcap = transform.logit_softcap is not None
     tile = choose_tile(hidden, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
-    logp, scale = hidden.new_empty(2, n, dtype=torch.float32)
+    logp, scale, *_ = results = hidden.new_empty(5 if stats else 2, n, dtype=torch.float32)
     width = kept_width(v)
     exps = (hidden.new_empty(n * width) if memory is None else memory[: n * width]).view(n, width)
     size = n if tile.block_h else plan_rows(n, 4 * v, tile)  # products that are stored keep to SCRATCH_BYTES
     tiles = triton.cdiv(v, tile.block_v)
-    partial = hidden.new_empty(2, tiles, size, dtype=torch.float32)
+    partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
     no_row = torch.iinfo(torch.int64).min  # nothing is ignored: a label that is wrong gives NaN
     for first in range(0, n, max(size, 1)):
         part = slice(first, min(first + size, n))
@@ -359,11 +417,11 @@ def linear_logprob_fwd_exps(
         logit, bend, anchor = _exponentials(hidden[part], weight, y, bias, transform, no_row, out, partial, tile)
         count = len(y)
         _keep_rows_kernel[(triton.cdiv(count, 16),)](
-            partial, logit, bend, anchor, y, logp[part], scale[part], out,
-            count, v, tiles, partial.stride(0), exps.stride(0), logit_factors(transform)[2],
-            BLOCK_N=16, BLOCK_T=128, HAS_SOFTCAP=softcap,
+            partial, logit, bend, anchor, y, logp[part], scale[part], results[2:, part] if stats else None, out,
+            count, v, tiles, partial.stride(0), n, exps.stride(0), logit_factors(transform)[2],
+            BLOCK_N=16, BLOCK_T=128, HAS_SOFTCAP=softcap, STATS=stats,
         )  # fmt: skip
-    return RowExponentials(logp, exps[:, :v], scale)
+    return RowExponentials(logp, exps[:, :v], scale, RowStatistics(*results[2:]) if stats else None)
 
 
 def kept_dtype(hidden: Tensor) -> torch.dtype:

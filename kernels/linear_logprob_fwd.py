@@ -17,6 +17,7 @@ from powerflow_fast.kernels.active_tiles import active_tiles
 from powerflow_fast.kernels.launch import (
     LN_2,
     LOG2_E,
+    NO_LOGIT,
     SCRATCH_ROWS,
     WITH_LABEL,
     choose_tile,
@@ -35,7 +36,7 @@ from powerflow_fast.kernels.launch import (
     softcapped,
     tile_origin,
 )
-from powerflow_fast.kernels.types import ForwardOutput, LogitTransform
+from powerflow_fast.kernels.types import ForwardOutput, LogitTransform, RowStatistics
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -97,6 +98,7 @@ def _rest_tile_kernel(
         BLOCK_N, BLOCK_V, BLOCK_H, HAS_BIAS, HAS_SOFTCAP, TMA,
     )  # fmt: skip
     scale = logit_scale(pre, post, HAS_SOFTCAP)
+    nothing: tl.constexpr = NO_LOGIT if STATS else float("-inf")
     if STATS:
         total = tl.sum(x, axis=1)
     cols = tl.arange(0, BLOCK_V)
@@ -105,20 +107,45 @@ def _rest_tile_kernel(
         inside = cols[None, :] < tl.where(n < N, V - col, 0)[:, None]
         if STATS:
             total = tl.sum(tl.where(inside, x, 0.0), axis=1)
-        x = tl.where(inside, x, float("-inf"))
+        x = tl.where(inside, x, nothing)
     if rows >= WITH_LABEL:
-        x = tl.where(cols[None, :] != (label - col)[:, None], x, float("-inf"))
+        x = tl.where(cols[None, :] != (label - col)[:, None], x, nothing)
     top = tl.max(x, axis=1)
+    if STATS:
+        top = tl.where(top <= NO_LOGIT, float("-inf"), top)
     shift = tl.where(top == float("-inf"), 0.0, top * (scale * LOG2_E))
     x = tl.fma(x, scale * LOG2_E, -shift[:, None])
+    if STATS and HAS_BIAS:  # which may be -inf
+        x = tl.maximum(x, NO_LOGIT)
     e = exp2(x)
     at = o_partial + (col // BLOCK_V).to(tl.int64) * N + n
     tl.store(at, top * scale, mask=n < N)
     tl.store(at + plane, tl.sum(e, axis=1), mask=n < N)
     if STATS:
-        x = tl.maximum(x, -1000.0)  # not -inf, whose product with e = 0 is no number
         tl.store(at + 2 * plane, tl.sum(e * x, axis=1) * LN_2, mask=n < N)
         tl.store(at + 3 * plane, total * scale, mask=n < N)
+
+
+@triton.jit
+def store_statistics(out, stride, mask, active, z_y, anchor, total, weighted, logits, V):
+    """Writes lse, entropy and mean logit of some rows to ``out[quantity]``, 0 in rows that are not active.
+
+    ``total`` and ``weighted`` are sums over the columns other than the label's, of e^(z - anchor) and of
+    e^(z - anchor) (z - anchor), ``logits`` is the sum of z over all columns. The entropy is that of the choice "label
+    or not" plus (1 - p_y) times the rest's own, so it stays accurate for a nearly certain token.
+    """
+    log_total = tl.log(total)
+    d = anchor - z_y + log_total
+    tail = log1p_unit(tl.exp(-tl.abs(d)))
+    surprise = tl.maximum(d, 0.0) + tail
+    rest_surprise = tl.maximum(-d, 0.0) + tail
+    rest = rest_surprise + log_total - weighted / total
+    rest = tl.where(total > 0, tl.exp(-rest_surprise) * rest, 0.0)
+    entropy = tl.exp(-surprise) * surprise + rest
+    lse = tl.where(d > 0.0, anchor + log_total, z_y) + tail
+    tl.store(out, tl.where(active, lse, 0.0), mask=mask)
+    tl.store(out + stride, tl.where(active, entropy, 0.0), mask=mask)
+    tl.store(out + 2 * stride, tl.where(active, tl.where(z_y == z_y, logits / V, z_y), 0.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "plane", "stride_out"])
@@ -128,11 +155,9 @@ def _combine_kernel(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """Sums each row's partials over the column tiles and writes ``o_out[quantity, p_rows[row]]``: logp, M, S and, for
-    statistics, lse, entropy and mean logit; 0 in rows that are not active.
+    statistics, those of `store_statistics`; 0 in rows that are not active.
 
-    M = max_t m_t, S = sum_t s_t e^(m_t - M); with d = M + log S - z_y, logp = -softplus(d) and lse = z_y - logp.
-    The entropy is that of the choice "label or not" plus (1 - p_y) times the rest's own, so it stays accurate for
-    a nearly certain token. Reads the partials twice.
+    M = max_t m_t, S = sum_t s_t e^(m_t - M); with d = M + log S - z_y, logp = -softplus(d). Reads the partials twice.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     active = tl.load(p_active + n, mask=n < N, other=0) != 0
@@ -167,14 +192,7 @@ def _combine_kernel(
     tl.store(out + stride_out, tl.where(active, top, 0.0), mask=n < N)
     tl.store(out + 2 * stride_out, tl.where(active, total, 0.0), mask=n < N)
     if STATS:
-        rest_surprise = tl.maximum(-d, 0.0) + tail
-        rest = rest_surprise + log_total - weighted / total
-        rest = tl.where(total > 0, tl.exp(-rest_surprise) * rest, 0.0)
-        entropy = tl.exp(-surprise) * surprise + rest
-        lse = tl.where(d > 0.0, top + log_total, z_y) + tail
-        tl.store(out + 3 * stride_out, tl.where(active, lse, 0.0), mask=n < N)
-        tl.store(out + 4 * stride_out, tl.where(active, entropy, 0.0), mask=n < N)
-        tl.store(out + 5 * stride_out, tl.where(active, tl.where(z_y == z_y, logits / V, z_y), 0.0), mask=n < N)
+        store_statistics(out + 3 * stride_out, stride_out, n < N, active, z_y, top, total, weighted, logits, V)
 
 
 def label_logits(
@@ -223,8 +241,9 @@ def linear_logprob_fwd(
     bias = None if bias is None else bias.contiguous()
     rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
     out = hidden.new_empty(6 if stats else 3, n, dtype=torch.float32)
+    result = ForwardOutput(*out[:3], RowStatistics(*out[3:]) if stats else None)
     if n == 0:
-        return ForwardOutput(*out)
+        return result
     tiles = triton.cdiv(v, tile.block_v)
     size = min(n, SCRATCH_ROWS) if tile.block_h else plan_rows(n, 4 * v, tile)
     partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
@@ -245,4 +264,4 @@ def linear_logprob_fwd(
         _combine_kernel[(triton.cdiv(count, 16),)](
             partial, logit, active, part, out, count, v, tiles, plane, n, BLOCK_N=16, BLOCK_T=128, STATS=stats
         )
-    return ForwardOutput(*out)
+    return result

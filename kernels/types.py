@@ -17,8 +17,17 @@ class LogitTransform(NamedTuple):
     logit_softcap: float | None = None
 
 
+class RowStatistics(NamedTuple):
+    """Of the distribution that each row's label is scored under, (N,) float32 each, in nats; 0 in ignored rows."""
+
+    lse: Tensor
+    """logsumexp of z"""
+    entropy: Tensor
+    mean_logit: Tensor
+
+
 class ForwardOutput(NamedTuple):
-    """Per-token results, each (N,) float32, 0 in ignored rows; the last three only where statistics are asked for.
+    """Per-token results, each (N,) float32, 0 in ignored rows.
 
     ``others_sum`` is the sum of exp(z - anchor) over the columns other than the label's, for an ``anchor`` of the
     backend's choice, from which the backward pass forms the softmax anew: a rounded logsumexp would cost digits where
@@ -28,9 +37,17 @@ class ForwardOutput(NamedTuple):
     logp: Tensor
     anchor: Tensor
     others_sum: Tensor
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    mean_logit: Tensor | None = None
+    stats: RowStatistics | None = None
+
+
+class HiddenGradient(NamedTuple):
+    """Log-probabilities under a frozen head, and all that their gradient needs but the upstream factor of each row."""
+
+    logp: Tensor
+    """(N,) float32"""
+    unit: Tensor
+    """(N, H) d logp[n] / d hidden[n], in hidden's dtype, or float32 for float16"""
+    stats: RowStatistics | None = None
 
 
 class RowExponentials(NamedTuple):
@@ -46,6 +63,7 @@ class RowExponentials(NamedTuple):
     """(N, V)"""
     scale: Tensor
     """(N,) float32"""
+    stats: RowStatistics | None = None
 
 
 def kept_width(v: int) -> int:

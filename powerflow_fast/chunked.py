@@ -24,7 +24,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials, kept_width
+from .kernels.types import (
+    ForwardOutput,
+    HeadSums,
+    HiddenGradient,
+    LogitTransform,
+    RowExponentials,
+    RowStatistics,
+    kept_width,
+)
 from .products import HALF, Products, products_for
 
 # e^60 leaves room for the products with the weight that follow; below, a float32 ends where 1 − p is 1e-38.
@@ -49,6 +57,17 @@ class _Rows(NamedTuple):
             index = torch.arange(index.start, index.stop, device=rows.device)
         picked = (x[rows] if isinstance(x, Tensor) else x for x in self[1:])
         return _Rows(index[rows], *picked)
+
+
+class _Sums(NamedTuple):
+    """Sums over the tiles of some rows; all but the first only where statistics are asked for."""
+
+    others: Tensor
+    """S: E over the columns other than the label's"""
+    energy: Tensor | None
+    """E (z − anchor) over the same columns"""
+    logits: Tensor | None
+    """z over all columns"""
 
 
 class _Problem:
@@ -142,24 +161,40 @@ class _Problem:
         tile: tuple[Tensor, Tensor | None],
         *,
         at_label: Tensor | None = None,
-        sums: Tensor | None = None,
+        sums: _Sums | None = None,
         kept: Tensor | None = None,
     ) -> Tensor:
         """E ∂z/∂u, or E where ∂z/∂u is ``pre``, ready for the products.
 
-        ``at_label`` stands for E at the label, 0 unless given. Row sums of the other E are added to ``sums``. The
+        ``at_label`` stands for E at the label, 0 unless given. What the tile has of ``sums`` is added to them. The
         result lies in the columns of ``kept`` (rows, V), or where the next tile overwrites it.
         """
         z, slopes = tile
         out = self._operands_like(z) if kept is None else kept[:, columns]
-        label = rows.labels - columns.start
         if slopes is None:
-            return self.products.exponentials(z, rows.anchor, label, at_label, sums=sums, out=out)
-        e = self.products.exponentials(z, rows.anchor, label, at_label, sums=sums).mul_(slopes)
+            return self.summed(rows, columns, z, sums, at_label=at_label, out=out)
+        e = self.summed(rows, columns, z, sums, at_label=at_label).mul_(slopes)
         return e if out is None else out.copy_(e)
 
+    def summed(
+        self,
+        rows: _Rows,
+        columns: slice,
+        z: Tensor,
+        sums: _Sums | None,
+        *,
+        at_label: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`Products.exponentials` of a tile of logits, which adds to ``sums``."""
+        others, energy, logits = sums or (None, None, None)
+        if logits is not None:
+            logits += z.sum(1)
+        label = rows.labels - columns.start
+        return self.products.exponentials(z, rows.anchor, label, at_label, sums=others, energy=energy, out=out)
+
     def exponentials(
-        self, rows: _Rows, sums: Tensor, kept: Tensor | None = None
+        self, rows: _Rows, sums: _Sums, kept: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(columns, their weight rows, `exponential_tile`) of each tile of some rows."""
         for columns, w, *tile in self.tiles(rows):
@@ -187,9 +222,30 @@ class _Problem:
     def row_max(self, rows: _Rows) -> Tensor:
         return torch.stack([z.amax(1) for _, _, z, _ in self.tiles(rows)]).amax(0)
 
-    def log_odds(self, rows: _Rows, others: Tensor) -> Tensor:
-        """log(p_y / (1 − p_y)). With a single column there are no others and it is +inf: p_y = 1."""
-        return rows.z_y - rows.anchor - others.log()
+    def zeros(self, count: int) -> list[Tensor]:
+        """So many results per row, each (N,)."""
+        return [self.hidden.new_zeros(self.n, dtype=self.dtype) for _ in range(count)]
+
+    def zero_sums(self, rows: _Rows, stats: RowStatistics | None) -> _Sums:
+        return _Sums(*(torch.zeros_like(rows.anchor) if i == 0 or stats is not None else None for i in range(3)))
+
+    def put_scores(self, rows: _Rows, sums: _Sums, logp_out: Tensor, stats: RowStatistics | None) -> None:
+        """log p_y of the rows, and their statistics if there is memory for them.
+
+        log(p_y / (1 − p_y)) is +inf with a single column, for which there are no others: p_y = 1.
+        """
+        log_odds = rows.z_y - rows.anchor - sums.others.log()
+        logp = torch.nn.functional.logsigmoid(log_odds)
+        logp_out[rows.index] = logp
+        if stats is None:
+            return
+        # −Σ p (z − lse): the others share 1 − p_y, and z_j − lse = (z_j − a) − log S + log(1 − p_y)
+        surprise = sums.others.log() - sums.energy / sums.others - torch.nn.functional.logsigmoid(-log_odds)
+        p_others = torch.sigmoid(-log_odds)
+        entropy = torch.where(p_others > 0, p_others * surprise, 0.0) - logp.exp() * logp
+        results = RowStatistics(rows.z_y - logp, entropy, sums.logits / self.v)
+        for out, result in zip(stats, results, strict=True):
+            out[rows.index] = result
 
     def label_weight(self, rows: _Rows, others: Tensor) -> Tensor:
         """S, times ∂z_y/∂u_y where there is a softcap: what stands at the label where E_j (∂z/∂u)_j is elsewhere."""
@@ -215,39 +271,21 @@ def linear_logprob_fwd(
     *,
     stats: bool = False,
 ) -> ForwardOutput:
-    """Log-probs and their log-sum-exp, with entropy and mean logit when asked for: 2NVH FLOP, no gradient."""
+    """Log-probs and what a gradient from recomputed logits needs: 2NVH FLOP."""
     problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
-    names = ForwardOutput._fields if stats else ForwardOutput._fields[:3]
-    out = {name: hidden.new_zeros(problem.n, dtype=problem.dtype) for name in names}
+    logp_out, anchor_out, others_out = problem.zeros(3)
+    stats_out = RowStatistics(*problem.zeros(3)) if stats else None
 
     def run(rows: _Rows) -> Tensor:
-        others = torch.zeros_like(rows.anchor)
+        sums = problem.zero_sums(rows, stats_out)
         for columns, _, z, _ in problem.tiles(rows):
-            problem.products.exponentials(z, rows.anchor, rows.labels - columns.start, sums=others)
-        out["logp"][rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
-        out["anchor"][rows.index], out["others_sum"][rows.index] = rows.anchor, others
-        return others
+            problem.summed(rows, columns, z, sums)
+        problem.put_scores(rows, sums, logp_out, stats_out)
+        anchor_out[rows.index], others_out[rows.index] = rows.anchor, sums.others
+        return sums.others
 
-    def run_with_stats(rows: _Rows) -> Tensor:
-        others, energy, total = (torch.zeros_like(rows.anchor) for _ in range(3))
-        for columns, _, z, _ in problem.tiles(rows):
-            total += z.sum(1)
-            label = rows.labels - columns.start
-            problem.products.exponentials(z, rows.anchor, label, sums=others, energy=energy)
-        odds = problem.log_odds(rows, others)
-        logp = torch.nn.functional.logsigmoid(odds)
-        # −Σ p (z − lse): the others share 1 − p_y, and z_j − lse = (z_j − a) − log S + log(1 − p_y)
-        surprise = others.log() - energy / others - torch.nn.functional.logsigmoid(-odds)
-        p_others = torch.sigmoid(-odds)
-        entropy = torch.where(p_others > 0, p_others * surprise, 0.0) - logp.exp() * logp
-        results = (logp, rows.anchor, others, rows.z_y - logp, entropy, total / problem.v)
-        for name, result in zip(names, results, strict=True):
-            out[name][rows.index] = result
-        return others
-
-    problem.anchored(run_with_stats if stats else run)
-    problem.finish(out["logp"])
-    return ForwardOutput(**out)
+    problem.anchored(run)
+    return ForwardOutput(problem.finish(logp_out), anchor_out, others_out, stats_out)
 
 
 def linear_logprob_fwd_d_hidden(
@@ -257,27 +295,31 @@ def linear_logprob_fwd_d_hidden(
     bias: Tensor | None,
     transform: LogitTransform,
     ignore_index: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs (N,) and ``∂ logp_n/∂ hidden_n`` (N, H) in hidden's dtype (fp32 for fp16), together: 4NVH FLOP."""
+    *,
+    stats: bool = False,
+) -> HiddenGradient:
+    """Log-probs and, but for the upstream factor, their gradient by ``hidden``, together: 4NVH FLOP."""
     problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
-    logp_out = hidden.new_zeros(problem.n, dtype=problem.dtype)
+    (logp_out,) = problem.zeros(1)
     # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
     unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     unit_out = torch.zeros(hidden.shape, dtype=unit_dtype, device=hidden.device)
+    stats_out = RowStatistics(*problem.zeros(3)) if stats else None
 
     def run(rows: _Rows) -> Tensor:
-        others = torch.zeros_like(rows.anchor)
+        sums = problem.zero_sums(rows, stats_out)
         product = torch.zeros(rows.hidden.shape, dtype=problem.dtype, device=hidden.device)
-        for _, w, e in problem.exponentials(rows, others):
+        for _, w, e in problem.exponentials(rows, sums):
             problem.products.add(e, w, product)
-        logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
+        problem.put_scores(rows, sums, logp_out, stats_out)
+        others = sums.others
         at_label, scale = problem.label_weight(rows, others), problem.scale(rows, others)
         own = weight[rows.labels].to(problem.dtype).mul_(at_label[:, None])
         unit_out[rows.index] = own.sub_(product).mul_(scale[:, None]).to(unit_dtype)
         return others
 
     problem.anchored(run)
-    return problem.finish(logp_out), unit_out
+    return HiddenGradient(problem.finish(logp_out), unit_out, stats_out)
 
 
 def linear_logprob_fwd_exps(
@@ -288,6 +330,7 @@ def linear_logprob_fwd_exps(
     transform: LogitTransform,
     *,
     memory: Tensor | None = None,
+    stats: bool = False,
 ) -> RowExponentials:
     """Log-probs and all that a backward pass for a trainable head needs, kept instead of recomputed: 2NVH FLOP, and
     V elements per row of ``kept_dtype``, in ``memory`` where that is given (``N * kept_width(V)`` elements or more)."""
@@ -296,22 +339,24 @@ def linear_logprob_fwd_exps(
     if memory is None:
         memory = hidden.new_empty(problem.n * width, dtype=problem.products.operand_dtype)
     exps = memory[: problem.n * width].view(problem.n, width)[:, : problem.v]
-    logp_out, scale_out = (hidden.new_zeros(problem.n, dtype=problem.dtype) for _ in range(2))
+    logp_out, scale_out = problem.zeros(2)
+    stats_out = RowStatistics(*problem.zeros(3)) if stats else None
 
     def run(rows: _Rows) -> Tensor:
-        others = torch.zeros_like(rows.anchor)
+        sums = problem.zero_sums(rows, stats_out)
         in_place = isinstance(rows.index, slice)
-        for columns, _, e in problem.exponentials(rows, others, exps[rows.index] if in_place else None):
+        for columns, _, e in problem.exponentials(rows, sums, exps[rows.index] if in_place else None):
             if not in_place:
                 exps[rows.index, columns] = e
-        logp_out[rows.index] = torch.nn.functional.logsigmoid(problem.log_odds(rows, others))
+        problem.put_scores(rows, sums, logp_out, stats_out)
+        others = sums.others
         index = torch.arange(problem.n, device=hidden.device)[rows.index]
         exps[index, rows.labels] = -problem.label_weight(rows, others).to(exps.dtype)
         scale_out[rows.index] = problem.scale(rows, others)
         return others
 
     problem.anchored(run)
-    return RowExponentials(problem.finish(logp_out), exps, scale_out)
+    return RowExponentials(problem.finish(logp_out), exps, scale_out, stats_out)
 
 
 def linear_logprob_bwd(

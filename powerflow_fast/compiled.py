@@ -106,7 +106,7 @@ def _unit(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap,
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     transform = check_linear_inputs(_NAME, hidden, weight, labels, bias, transform, ignore_index)
     run = implementation_for(backend, hidden).linear_logprob_fwd_d_hidden
-    return run(hidden, weight, labels, bias, transform, ignore_index)
+    return run(hidden, weight, labels, bias, transform, ignore_index)[:2]
 
 
 @_unit.register_fake

@@ -103,11 +103,9 @@ class LinearLogprobsFunction(torch.autograd.Function):
         ctx.dtype = hidden.dtype
         ctx.only_hidden = needs[0] and not needs[1] and not needs[3]
         if ctx.only_hidden:
-            logp, unit = implementation.linear_logprob_fwd_d_hidden(
-                hidden, weight, labels, bias, transform, ignore_index
-            )
-            ctx.save_for_backward(unit)
-            return logp
+            out = implementation.linear_logprob_fwd_d_hidden(hidden, weight, labels, bias, transform, ignore_index)
+            ctx.save_for_backward(out.unit)
+            return out.logp
         ctx.transform, ctx.ignore_index, ctx.implementation = transform, ignore_index, implementation
         count = kept_rows(cache_bytes, hidden, weight, implementation)
         if count == 0:
@@ -346,4 +344,4 @@ def linear_logprob_stats(
     transform = check_linear_inputs("linear_logprob_stats", hidden, weight, labels, bias, transform, ignore_index)
     implementation = implementation_for(backend, hidden)
     out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index, stats=True)
-    return LogprobStats(out.logp, out.lse, out.entropy, out.mean_logit)
+    return LogprobStats(out.logp, *out.stats)

@@ -39,41 +39,42 @@ class Case:
         return self.hidden, self.weight, self.labels, self.bias, self.transform, IGNORE
 
     def run_launchers(self):
-        """What the three launchers return: statistics, (logp, unit gradient), the plain forward pass, gradients."""
-        stats = linear_logprob_fwd.linear_logprob_fwd(*self.arguments(), stats=True)
+        """What the launchers return: the forward pass with statistics, without, the unit gradient, gradients."""
+        with_stats = linear_logprob_fwd.linear_logprob_fwd(*self.arguments(), stats=True)
         forward = linear_logprob_fwd.linear_logprob_fwd(*self.arguments())
-        unit = linear_logprob_exps.linear_logprob_fwd_d_hidden(*self.arguments())
+        unit = linear_logprob_exps.linear_logprob_fwd_d_hidden(*self.arguments(), stats=True)
         needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": self.bias is not None}
         grads = linear_logprob_bwd.linear_logprob_bwd(*self.arguments(), forward, self.d_logp, **needs)
-        return stats, forward, unit, grads
+        return with_stats, forward, unit, grads
 
-    def run_kept(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Log-probs and gradients of a trainable head from kept exponentials, of the rows that count."""
+    def run_kept(self) -> dict[str, torch.Tensor]:
+        """Log-probs, statistics and gradients of a trainable head from kept exponentials, of the rows that count."""
         rows = (self.labels != IGNORE).nonzero()[:, 0]
         hidden = self.hidden[rows]
         kept = linear_logprob_exps.linear_logprob_fwd_exps(
-            hidden, self.weight, self.labels[rows], self.bias, self.transform
+            hidden, self.weight, self.labels[rows], self.bias, self.transform, stats=True
         )
         sums = HeadSums.like(self.weight, self.bias)
         d_hidden = linear_logprob_bwd.linear_logprob_bwd_exps(
             hidden, self.weight, kept, self.d_logp[rows], need_d_hidden=True, add_to=sums
         )
-        grads = {"d_hidden": torch.zeros_like(self.hidden).index_copy(0, rows, d_hidden)}
+        out = {"d_hidden": torch.zeros_like(self.hidden).index_copy(0, rows, d_hidden)}
         for name, x, like in zip(("d_weight", "d_bias"), sums.finished(), (self.weight, self.bias), strict=True):
             if x is not None:
                 assert x.dtype == torch.float32
-                grads[name] = x.to(like.dtype)
-        logp = torch.zeros_like(self.d_logp).index_copy(0, rows, kept.logp)
-        return logp, {f"{name} kept": x for name, x in grads.items()}
+                out[name] = x.to(like.dtype)
+        for name, x in {"logp": kept.logp, **kept.stats._asdict()}.items():
+            out[name] = torch.zeros_like(self.d_logp).index_copy(0, rows, x)
+        return {f"{name} kept": x for name, x in out.items()}
 
     def run(self) -> dict[str, torch.Tensor]:
         """The launchers' results by name."""
-        stats, forward, unit, grads = self.run_launchers()
-        out = {name: x for name, x in stats._asdict().items() if name not in ("anchor", "others_sum")}
-        out |= {"logp without stats": forward.logp, "logp of unit": unit[0], "unit": unit[1]}
+        with_stats, forward, unit, grads = self.run_launchers()
+        out = {"logp": with_stats.logp, **with_stats.stats._asdict(), "logp without stats": forward.logp}
+        out |= {"logp of unit": unit.logp, "unit": unit.unit}
+        out |= {f"{name} of unit": x for name, x in unit.stats._asdict().items()}
         if self.hidden.dtype != torch.float16:
-            out["logp kept"], kept_grads = self.run_kept()
-            out |= kept_grads
+            out |= self.run_kept()
         names = ("d_hidden", "d_weight", "d_bias")
         return out | {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
@@ -87,10 +88,12 @@ class Case:
         logp, lse, entropy, mean_logit = linear_logprob_stats_ref(*heads, **options)
         grads = torch.autograd.grad((logp * self.d_logp.to(dtype)).sum(), list(leaves.values()), retain_graph=True)
         (unit,) = torch.autograd.grad(logp.sum(), leaves["d_hidden"])
-        out = {"logp": logp, "lse": lse, "entropy": entropy, "mean_logit": mean_logit, "unit": unit}
-        out |= {"logp without stats": logp, "logp of unit": logp} | dict(zip(leaves, grads, strict=True))
+        scores = {"logp": logp, "lse": lse, "entropy": entropy, "mean_logit": mean_logit}
+        grads = dict(zip(leaves, grads, strict=True))
+        out = {**scores, "logp without stats": logp, "unit": unit, **grads}
+        out |= {f"{name} of unit": x for name, x in scores.items()}
         if self.hidden.dtype != torch.float16:
-            out |= {"logp kept": logp} | {f"{name} kept": x for name, x in zip(leaves, grads, strict=True)}
+            out |= {f"{name} kept": x for name, x in (scores | grads).items()}
         return {name: x.detach() for name, x in out.items()}
 
     def check(self, check_accuracy):
@@ -174,7 +177,7 @@ def test_a_bias_can_forbid_columns(dtype, check_accuracy):
         if name.startswith(("d_weight", "d_bias")):
             assert (x[forbidden] == 0).all(), name
             x = x[~forbidden]
-        if name == "mean_logit":
+        if name.startswith("mean_logit"):
             assert (x[case.labels != IGNORE] == float("-inf")).all()
         else:
             check_accuracy(x, torchs[name], exact[name], dtype, name)
@@ -424,10 +427,28 @@ def test_autocast_changes_no_bit():
     assert all(torch.equal(outside[name], inside[name]) for name in outside)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_statistics_change_nothing_else(dtype):
+    case = make_case(dtype, n=130, logit_softcap=6.0, sharpness=3.0)
+    calls = [
+        (linear_logprob_fwd.linear_logprob_fwd, case.arguments()),
+        (linear_logprob_exps.linear_logprob_fwd_d_hidden, case.arguments()),
+        (
+            linear_logprob_exps.linear_logprob_fwd_exps,
+            (case.hidden, case.weight, case.labels.clamp(min=0), *case.arguments()[3:5]),
+        ),
+    ]
+    for function, arguments in calls:
+        *without, nothing = function(*arguments)
+        *others, stats = function(*arguments, stats=True)
+        assert nothing is None and len(stats) == 3
+        assert all(torch.equal(a, b) for a, b in zip(without, others, strict=True)), function
+
+
 def test_only_what_is_needed(monkeypatch):
     case = make_case(torch.bfloat16, bias=True)
     forward = linear_logprob_fwd.linear_logprob_fwd(*case.arguments())
-    assert forward[3:] == (None, None, None)
+    assert forward.stats is None
     full = case.run()
     products = []
     for name in ("matmul_fp32", "add_matmul_fp32_"):
