@@ -37,6 +37,8 @@ from .types import LogitTransform
 
 PLAN = Plan()  # a launch's, where it names none
 LOG2E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+NO_LOGIT = gl.constexpr(launch.NO_LOGIT.value)
 ROW_LAYOUT = gl.constexpr(gl.SliceLayout(1, HALF_LAYOUT.value))
 COLUMN_LAYOUT = gl.constexpr(gl.SliceLayout(0, HALF_LAYOUT.value))
 # Of 64K registers the consumers' 2 x 128 threads get 240 each and the producer's (four warps are allotted) 24 each.
@@ -44,10 +46,10 @@ WARPS = gl.constexpr([4, 1])
 REGISTERS = gl.constexpr([240, 24])
 
 
-def supported(hidden: Tensor, bias: Tensor | None, transform: LogitTransform, *, stats: bool = False) -> bool:
+def supported(hidden: Tensor, bias: Tensor | None, transform: LogitTransform) -> bool:
     """Whether these kernels can stand in for the Triton tile kernels: two-byte floats on sm_90, a factor above 0, and
-    no bias, softcap or statistics."""
-    plain = bias is None and transform.logit_softcap is None and not stats
+    neither bias nor softcap."""
+    plain = bias is None and transform.logit_softcap is None
     if not plain or hidden.dtype not in DTYPES or not launch.logit_factors(transform)[0] > 0:
         return False
     return launch.capability_of(hidden.device) == (9, 0)
@@ -66,10 +68,16 @@ def _columns(col):
 
 
 @gluon.jit
-def _without_labels(u, label, col, V):
-    """u with -inf in the labels' columns and beyond the last one."""
+def _without_labels(u, label, col, V, STATS: gl.constexpr):
+    """u with -inf in the labels' columns and beyond the last one; with NO_LOGIT for sums of e^x x."""
     cols = _columns(col)
-    return gl.where((cols != label[:, None]) & (cols < V), u, float("-inf"))
+    return gl.where((cols != label[:, None]) & (cols < V), u, NO_LOGIT if STATS else float("-inf"))
+
+
+@gluon.jit
+def _row_maximum(top, STATS: gl.constexpr):
+    """``top``, -inf where it is that of no logit at all."""
+    return gl.where(top <= NO_LOGIT, float("-inf"), top) if STATS else top
 
 
 @gluon.jit
@@ -79,7 +87,7 @@ def _holds_label(label, col):
 
 
 @gluon.jit
-def _consume_rest(inputs, ring, w: gl.constexpr, GROUP: gl.constexpr, STAGGER: gl.constexpr):
+def _consume_rest(inputs, ring, w: gl.constexpr, GROUP: gl.constexpr, STAGGER: gl.constexpr, STATS: gl.constexpr):
     """Warpgroup w of `_rest_tile_sm90_kernel`."""
     p_label, p_tiles, o_partial, N, V, H, plane, pre = inputs
     count = gl.load(p_tiles)
@@ -95,19 +103,35 @@ def _consume_rest(inputs, ring, w: gl.constexpr, GROUP: gl.constexpr, STAGGER: g
         # Most tiles hold no row's label: those spend nothing on masks.
         special = gl.max(_holds_label(label, col), axis=0)
         left, right = finish(acc, j, steps, ring)
+        if STATS:
+            logits = gl.sum(left, axis=1) + gl.sum(right, axis=1)  # beyond the last column they are 0
         if (special != 0) | (col + WIDTH > V):
-            left = _without_labels(left, label, col, V)
-            right = _without_labels(right, label, col + HALF, V)
-        top = gl.maximum(gl.max(left, axis=1), gl.max(right, axis=1))
+            left = _without_labels(left, label, col, V, STATS)
+            right = _without_labels(right, label, col + HALF, V, STATS)
+        top = _row_maximum(gl.maximum(gl.max(left, axis=1), gl.max(right, axis=1)), STATS)
         shift = gl.where(top == float("-inf"), 0.0, top * to_log2)[:, None]
-        total = gl.sum(_exp2(left * to_log2 - shift), axis=1) + gl.sum(_exp2(right * to_log2 - shift), axis=1)
+        left = left * to_log2 - shift
+        e = _exp2(left)
+        total = gl.sum(e, axis=1)
+        if STATS:
+            weighted = gl.sum(e * left, axis=1)
+        right = right * to_log2 - shift
+        e = _exp2(right)
+        total += gl.sum(e, axis=1)
+        if STATS:
+            weighted += gl.sum(e * right, axis=1)
         at = o_partial + (col // WIDTH).to(gl.int64) * N + n
         gl.store(at, top * pre, mask=n < N)
         gl.store(at + plane, total, mask=n < N)
+        if STATS:
+            gl.store(at + 2 * plane, weighted * LN_2, mask=n < N)
+            gl.store(at + 3 * plane, logits * pre, mask=n < N)
 
 
 @gluon.jit
-def _consume_exps(inputs, ring, out_boxes, w: gl.constexpr, GROUP: gl.constexpr, STAGGER: gl.constexpr):
+def _consume_exps(
+    inputs, ring, out_boxes, w: gl.constexpr, GROUP: gl.constexpr, STAGGER: gl.constexpr, STATS: gl.constexpr
+):
     """Warpgroup w of `_exp_tile_sm90_kernel`. Half a tile at a time goes out through ``out_boxes[w]``."""
     p_label, p_active, p_anchor, p_tiles, exps, o_exp, o_partial, N, V, H, plane, stride_exp, pre = inputs
     count = gl.load(p_tiles)
@@ -129,14 +153,21 @@ def _consume_exps(inputs, ring, out_boxes, w: gl.constexpr, GROUP: gl.constexpr,
         halves = finish(acc, j, steps, ring)
         top = gl.full((ROWS,), float("-inf"), gl.float32, ROW_LAYOUT)
         total = gl.zeros((ROWS,), gl.float32, ROW_LAYOUT)
+        weighted = gl.zeros((ROWS,), gl.float32, ROW_LAYOUT)
+        logits = gl.zeros((ROWS,), gl.float32, ROW_LAYOUT)
         for side in gl.static_range(2):
             u = halves[side]
             edge = col + side * HALF
+            if STATS:
+                logits += gl.sum(u, axis=1)  # beyond the last column they are 0
             if ((flags & 1) != 0) | (edge + HALF > V):
-                u = _without_labels(u, label, edge, V)
+                u = _without_labels(u, label, edge, V, STATS)
             top = gl.maximum(top, gl.max(u, axis=1))
-            e = _exp2(u * to_log2 - anchor[:, None])
+            x = u * to_log2 - anchor[:, None]
+            e = _exp2(x)
             total += gl.sum(e, axis=1)
+            if STATS:
+                weighted += gl.sum(e * x, axis=1)
             e = e.to(box.dtype)
             if (flags & 2) == 0:
                 send(e, row, edge, exps, box)
@@ -145,8 +176,11 @@ def _consume_exps(inputs, ring, out_boxes, w: gl.constexpr, GROUP: gl.constexpr,
                 at = o_exp + n.to(gl.int64)[:, None] * stride_exp + cols
                 gl.store(at, e, mask=active[:, None] & (cols < V))
         at = o_partial + (col // WIDTH).to(gl.int64) * N + n
-        gl.store(at, top * pre, mask=active)
+        gl.store(at, _row_maximum(top, STATS) * pre, mask=active)
         gl.store(at + plane, total, mask=active)
+        if STATS:
+            gl.store(at + 2 * plane, weighted * LN_2, mask=active)
+            gl.store(at + 3 * plane, logits * pre, mask=active)
     tma.store_wait(0)  # shared memory must outlive the copies
 
 
@@ -181,19 +215,20 @@ def _consume_gradients(inputs, ring, out_boxes, w: gl.constexpr, GROUP: gl.const
 @gluon.jit(do_not_specialize=["N", "V", "H", "plane"])
 def _rest_tile_sm90_kernel(
     hidden, weight, p_label, p_tiles, o_partial, N, V, H, plane, pre,
-    STAGES: gl.constexpr, STAGGER: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, STAGGER: gl.constexpr, GROUP: gl.constexpr, STATS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of logits z = pre * u, pre > 0, reduced over their columns other than the labels' to m = max z and
-    s = sum e^(z - m), at ``o_partial[quantity, column tile, row]``; of the row tiles listed in ``p_tiles``.
+    s = sum e^(z - m) and, for statistics, sum e^(z - m) (z - m), and over all of them to sum z, at
+    ``o_partial[quantity, column tile, row]``; of the row tiles listed in ``p_tiles``.
 
-    2NVH FLOP; reads hidden and weight once per tile, mostly from L2; writes 8 bytes a row and tile.
+    2NVH FLOP; reads hidden and weight once per tile, mostly from L2; writes 8 bytes a row and tile, 16 with statistics.
     """
     ring = make_ring(hidden, weight, STAGES)
     inputs = (p_label, p_tiles, o_partial, N, V, H, plane, pre)
     gl.warp_specialize(
         [
-            (_consume_rest, (inputs, ring, 0, GROUP, STAGGER)),
-            (_consume_rest, (inputs, ring, 1, GROUP, STAGGER)),
+            (_consume_rest, (inputs, ring, 0, GROUP, STAGGER, STATS)),
+            (_consume_rest, (inputs, ring, 1, GROUP, STAGGER, STATS)),
             (produce, (hidden, weight, p_tiles, V, H, ring, GROUP)),
         ],
         WARPS,
@@ -204,10 +239,11 @@ def _rest_tile_sm90_kernel(
 @gluon.jit(do_not_specialize=["N", "V", "H", "plane"])
 def _exp_tile_sm90_kernel(
     hidden, weight, exps, p_label, p_active, p_anchor, p_tiles, o_exp, o_partial, N, V, H, plane, stride_exp, pre,
-    STAGES: gl.constexpr, STAGGER: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, STAGGER: gl.constexpr, GROUP: gl.constexpr, STATS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of E = e^(z - anchor), 0 in the label's column, for z = pre * u, pre > 0; and their row maxima of z and
-    float32 row sums of E, at ``o_partial[quantity, column tile, row]``. Rows that are not active are left as they were.
+    """Tiles of E = e^(z - anchor), 0 in the label's column, for z = pre * u, pre > 0. At
+    ``o_partial[quantity, column tile, row]`` their row maxima of z and float32 row sums of E and, for statistics, row
+    sums of E (z - anchor), and of z over all columns. Rows that are not active are left as they were.
 
     2NVH FLOP; writes NV elements. ``exps`` and ``o_exp`` are the same memory.
     """
@@ -216,8 +252,8 @@ def _exp_tile_sm90_kernel(
     inputs = (p_label, p_active, p_anchor, p_tiles, exps, o_exp, o_partial, N, V, H, plane, stride_exp, pre)
     gl.warp_specialize(
         [
-            (_consume_exps, (inputs, ring, out_boxes, 0, GROUP, STAGGER)),
-            (_consume_exps, (inputs, ring, out_boxes, 1, GROUP, STAGGER)),
+            (_consume_exps, (inputs, ring, out_boxes, 0, GROUP, STAGGER, STATS)),
+            (_consume_exps, (inputs, ring, out_boxes, 1, GROUP, STAGGER, STATS)),
             (produce, (hidden, weight, p_tiles, V, H, ring, GROUP)),
         ],
         WARPS,
@@ -276,24 +312,27 @@ def rest_tiles(
     hidden: Tensor, weight: Tensor, labels: Tensor, tiles: Tensor, partial: Tensor, pre: float,
     *, sms: int, plan: Plan | None = None,
 ) -> None:  # fmt: skip
-    """Fills ``partial`` (2, ceil(V / 256), N or more) as `_rest_tile_kernel` does in the row tiles of the list
-    ``tiles`` (`active_tiles`), for operands whose rows start at multiples of 16 bytes (`launch.readable`)."""
+    """Fills ``partial`` (2 or, with statistics, 4, ceil(V / 256), N or more) as `_rest_tile_kernel` does in the row
+    tiles of the list ``tiles`` (`active_tiles`), for operands whose rows start at multiples of 16 bytes
+    (`launch.readable`)."""
     (n, h), v = hidden.shape, weight.shape[0]
     grid, operands, options = _prepared(hidden, weight, plan, sms)
-    _rest_tile_sm90_kernel[grid](*operands, labels, tiles, partial, n, v, h, partial.stride(0), pre, **options)
+    _rest_tile_sm90_kernel[grid](
+        *operands, labels, tiles, partial, n, v, h, partial.stride(0), pre, STATS=len(partial) == 4, **options
+    )
 
 
 def exp_tiles(
     hidden: Tensor, weight: Tensor, labels: Tensor, active: Tensor, tiles: Tensor, anchor: Tensor, exps: Tensor,
     partial: Tensor, pre: float, *, sms: int, plan: Plan | None = None,
 ) -> None:  # fmt: skip
-    """Fills ``exps`` (N or more, V or more; rows at multiples of 16 bytes) and ``partial`` (2, ceil(V / 256), N or
-    more) as `_exp_tile_kernel` does. ``tiles`` is `active_tiles` of ``active``."""
+    """Fills ``exps`` (N or more, V or more; rows at multiples of 16 bytes) and ``partial`` (2 or, with statistics, 4,
+    ceil(V / 256), N or more) as `_exp_tile_kernel` does. ``tiles`` is `active_tiles` of ``active``."""
     (n, h), v = hidden.shape, weight.shape[0]
     grid, operands, options = _prepared(hidden, weight, plan, sms)
     _exp_tile_sm90_kernel[grid](
         *operands, boxes_of(exps[:n, :v], ROWS.value, HALF.value), labels, active, anchor, tiles, exps, partial,
-        n, v, h, partial.stride(0), exps.stride(0), pre, **options,
+        n, v, h, partial.stride(0), exps.stride(0), pre, STATS=len(partial) == 4, **options,
     )  # fmt: skip
 
 

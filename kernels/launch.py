@@ -79,14 +79,14 @@ def tile_for(dtype: torch.dtype, capability: tuple[int, int] | None, *, heavy: b
     return Tile(128, 128 if heavy else 256, 32, 8, 4, False)  # within the 99 KB of shared memory of sm_86, 89 and 120
 
 
-def hopper_tiles_for(hidden: Tensor, bias: Tensor | None, transform: LogitTransform, *, stats: bool = False):
+def hopper_tiles_for(hidden: Tensor, bias: Tensor | None, transform: LogitTransform):
     """The module hopper_tiles where its kernels are to run (`HOPPER_TILES`), else None. Gluon is experimental: only
     they load it."""
     if not HOPPER_TILES:
         return None
     from . import hopper_tiles
 
-    return hopper_tiles if hopper_tiles.supported(hidden, bias, transform, stats=stats) else None
+    return hopper_tiles if hopper_tiles.supported(hidden, bias, transform) else None
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

@@ -303,14 +303,13 @@ def _exponentials(
     floor, limit = ANCHOR_RANGE[hidden.dtype]
     logit, bend, active = label_logits(hidden, weight, labels, bias, transform, ignore_index)
     anchor = logit.clone()
-    stats, sms = partial.shape[0] == 4, num_sms(hidden.device)
-    hopper = hopper_tiles_for(hidden, bias, transform, stats=stats)
+    hopper, sms = hopper_tiles_for(hidden, bias, transform), num_sms(hidden.device)
     if not hopper:
         a, b, *strides = operands(hidden, weight, tile)
         inputs = a, b, bias, labels, active, anchor
         sizes = n, v, h, plane, *strides, exps.stride(0), pre, post
         options = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": transform.logit_softcap is not None}
-        options |= {"STATS": stats, **tile.meta()}
+        options |= {"STATS": len(partial) == 4, **tile.meta()}
         programs = triton.cdiv(n, tile.block_n) * tiles
         _exp_tile_kernel[(programs,)](*inputs, exps, partial, *sizes, **options)
     else:

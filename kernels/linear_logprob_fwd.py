@@ -248,7 +248,7 @@ def linear_logprob_fwd(
     size = min(n, SCRATCH_ROWS) if tile.block_h else plan_rows(n, 4 * v, tile)
     partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
     plane = partial.stride(0)
-    hopper = hopper_tiles_for(hidden, bias, transform, stats=stats)
+    hopper = hopper_tiles_for(hidden, bias, transform)
     for part in rows.split(size):
         chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
         logit, _, active = label_logits(chunk, weight, y, bias, transform, ignore_index)
