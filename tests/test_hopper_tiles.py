@@ -55,7 +55,6 @@ def compile_all() -> list[dict]:
     launch.HOPPER_TILES = True
     launch.capability_of = lambda device: (9, 0)
     linear_logprob_fwd.num_sms = linear_logprob_bwd.num_sms = linear_logprob_exps.num_sms = lambda device: 132
-    linear_logprob_bwd.add_matmul_fp32_ = lambda *arguments, **options: None  # torch 2.11 has none on meta tensors
 
     def use(dtype, plan=hopper_tiles.PLAN, *, stats=False):
         hopper_tiles.PLAN = plan
@@ -170,7 +169,7 @@ def test_an_epilogue_is_short(compiled):
             way = epilogue(code)
             print(record["kernel"], record["variant"], len(way))
             exponentials = sum("MUFU.EX2" in text for text in way)  # with statistics a few are taken again
-            assert 128 <= exponentials <= (132 if record["variant"] == "stats" else 128)
+            assert 128 <= exponentials <= (136 if record["variant"] == "stats" else 128)
             assert not any("MUFU" in text and "EX2" not in text for text in way)
             assert len(way) <= most, record["kernel"]
 
