@@ -189,7 +189,7 @@ POWERFLOW_INLINE void store(float value, BFloat16* out) {
 }
 
 struct RowSums {
-  float exps, energy;
+  float exps, energy, logits;
 };
 
 POWERFLOW_INLINE float add_up(float* lanes, int64_t count) {
@@ -199,15 +199,30 @@ POWERFLOW_INLINE float add_up(float* lanes, int64_t count) {
   return lanes[0];
 }
 
-// One row: out = e = exp(z − anchor), Σ e and, if asked for, Σ e (z − anchor), where 0 · −inf is 0.
-template <bool kEnergy, typename T>
-POWERFLOW_INLINE RowSums exponential_row(const float* z, int64_t width, float anchor, T* out) {
-  constexpr int64_t kLanes = kEnergy ? 32 : 64;
+constexpr int64_t kLanes = 64;  // whatever is summed: statistics leave Σ e as it is
+
+// Σ z of one row.
+POWERFLOW_INLINE float row_sum(const float* z, int64_t width) {
+  float sums[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += z[j + lane];
+  }
+  for (; j < width; ++j) sums[j % kLanes] += z[j];
+  return add_up(sums, kLanes);
+}
+
+// One row: out = e = exp(z − anchor) and Σ e, without the label's column if there is one, which gets 0; and, if asked
+// for, Σ e (z − anchor) over the same columns, where 0 · −inf is 0, and Σ z over all.
+template <bool kStats, typename T>
+POWERFLOW_INLINE RowSums exponential_row(float* z, int64_t width, float anchor, int64_t label, T* out) {
+  const float logits = kStats ? row_sum(z, width) : 0.0f;  // and so the row is in the nearest cache
+  if (label >= 0 && label < width) z[label] = -INFINITY;
   float exps[kLanes] = {}, energy[kLanes] = {};
   auto element = [&](int64_t j, int64_t lane) {
     const float x = z[j] - anchor, e = exponential(x);
     exps[lane] += e;
-    if (kEnergy) energy[lane] += e * (x < -1e30f ? -1e30f : x);
+    if (kStats) energy[lane] += e * (x < -1e30f ? -1e30f : x);
     store(e, out + j);
   };
   int64_t j = 0;
@@ -215,36 +230,36 @@ POWERFLOW_INLINE RowSums exponential_row(const float* z, int64_t width, float an
     for (int64_t lane = 0; lane < kLanes; ++lane) element(j + lane, lane);
   }
   for (; j < width; ++j) element(j, j % kLanes);
-  return {add_up(exps, kLanes), kEnergy ? add_up(energy, kLanes) : 0.0f};
+  return {add_up(exps, kLanes), kStats ? add_up(energy, kLanes) : 0.0f, logits};
 }
 
-template <bool kEnergy, typename T>
-RowSums row_plain(const float* z, int64_t width, float anchor, void* out) {
-  return exponential_row<kEnergy>(z, width, anchor, static_cast<T*>(out));
+template <bool kStats, typename T>
+RowSums row_plain(float* z, int64_t width, float anchor, int64_t label, void* out) {
+  return exponential_row<kStats>(z, width, anchor, label, static_cast<T*>(out));
 }
 #if defined(__x86_64__)
-template <bool kEnergy, typename T>
-POWERFLOW_AVX2 RowSums row_avx2(const float* z, int64_t width, float anchor, void* out) {
-  return exponential_row<kEnergy>(z, width, anchor, static_cast<T*>(out));
+template <bool kStats, typename T>
+POWERFLOW_AVX2 RowSums row_avx2(float* z, int64_t width, float anchor, int64_t label, void* out) {
+  return exponential_row<kStats>(z, width, anchor, label, static_cast<T*>(out));
 }
-template <bool kEnergy, typename T>
-POWERFLOW_AVX512 RowSums row_avx512(const float* z, int64_t width, float anchor, void* out) {
-  return exponential_row<kEnergy>(z, width, anchor, static_cast<T*>(out));
+template <bool kStats, typename T>
+POWERFLOW_AVX512 RowSums row_avx512(float* z, int64_t width, float anchor, int64_t label, void* out) {
+  return exponential_row<kStats>(z, width, anchor, label, static_cast<T*>(out));
 }
 #endif
 
-using RowFunction = RowSums (*)(const float*, int64_t, float, void*);
+using RowFunction = RowSums (*)(float*, int64_t, float, int64_t, void*);
 
-template <bool kEnergy, typename T>
+template <bool kStats, typename T>
 RowFunction row_function() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return row_avx512<kEnergy, T>;
+    return row_avx512<kStats, T>;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return row_avx2<kEnergy, T>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return row_avx2<kStats, T>;
 #endif
-  return row_plain<kEnergy, T>;
+  return row_plain<kStats, T>;
 }
 
 void check(bool condition, const char* message) { STD_TORCH_CHECK(condition, "powerflow_fast: ", message); }
@@ -280,9 +295,10 @@ void product_cpu(const Tensor& a, const Tensor& b, Tensor out, bool add, Tensor 
 }
 
 // out = exp(z − anchor), except for the label's column, which gets `at_label` or 0. Over the other columns, the sum is
-// added to `sums` and that of exp(z − anchor) (z − anchor) to `energy`. `out` may be z.
+// added to `sums` and that of exp(z − anchor) (z − anchor) to `energy`; that of z over all columns to `logits`. Both of
+// these or none. `out` may be z.
 void exponentials_cpu(Tensor z, const Tensor& anchor, const Tensor& label, const OptionalTensor& at_label,
-                      OptionalTensor sums, OptionalTensor energy, Tensor out) {
+                      OptionalTensor sums, OptionalTensor energy, OptionalTensor logits, Tensor out) {
   check(z.dim() == 2 && out.dim() == 2 && z.size(0) == out.size(0) && z.size(1) == out.size(1) && z.stride(1) == 1 &&
             out.stride(1) == 1 && z.scalar_type() == ScalarType::Float,
         "head_exponentials: z and out must have one shape and contiguous rows, and z be float32");
@@ -296,25 +312,25 @@ void exponentials_cpu(Tensor z, const Tensor& anchor, const Tensor& label, const
   const auto* labels = static_cast<const int64_t*>(per_row(label, ScalarType::Long));
   const auto* values = at_label ? static_cast<const float*>(per_row(*at_label, ScalarType::Float)) : nullptr;
   auto* totals = sums ? static_cast<float*>(per_row(*sums, ScalarType::Float)) : nullptr;
+  check(energy.has_value() == logits.has_value(), "head_exponentials: energy and logits must both be given, or none");
   auto* energies = energy ? static_cast<float*>(per_row(*energy, ScalarType::Float)) : nullptr;
+  auto* logit_sums = logits ? static_cast<float*>(per_row(*logits, ScalarType::Float)) : nullptr;
   const bool half = out.scalar_type() == ScalarType::BFloat16;
   check(half || out.scalar_type() == ScalarType::Float, "head_exponentials: out must be float32 or bfloat16");
 
   const RowFunction row_of = energies ? (half ? row_function<true, BFloat16>() : row_function<true, float>())
                                       : (half ? row_function<false, BFloat16>() : row_function<false, float>());
-  auto* logits = static_cast<float*>(z.mutable_data_ptr());
+  auto* elements = static_cast<float*>(z.mutable_data_ptr());
   auto* results = static_cast<char*>(out.mutable_data_ptr());
   const int64_t z_stride = z.stride(0), out_stride = out.stride(0) * static_cast<int64_t>(out.element_size());
   torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      float* row = logits + i * z_stride;
       char* result = results + i * out_stride;
       const int64_t column = labels[i];
       const bool here = column >= 0 && column < width;
-      if (here) row[column] = -INFINITY;
-      const RowSums row_sums = row_of(row, width, anchors[i], result);
+      const RowSums row_sums = row_of(elements + i * z_stride, width, anchors[i], column, result);
       if (totals) totals[i] += row_sums.exps;
-      if (energies) energies[i] += row_sums.energy;
+      if (energies) energies[i] += row_sums.energy, logit_sums[i] += row_sums.logits;
       if (here && values && half) store(values[i], reinterpret_cast<BFloat16*>(result) + column);
       if (here && values && !half) store(values[i], reinterpret_cast<float*>(result) + column);
     }
@@ -328,7 +344,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(powerflow_fast, m) {
   m.def("head_product(Tensor a, Tensor b, Tensor(a!) out, bool add, Tensor(b!) memory) -> ()");
   m.def(
       "head_exponentials(Tensor(a!) z, Tensor anchor, Tensor label, Tensor? at_label, Tensor(b!)? sums, "
-      "Tensor(c!)? energy, Tensor(d!) out) -> ()");
+      "Tensor(c!)? energy, Tensor(d!)? logits, Tensor(e!) out) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(powerflow_fast, CPU, m) {
   m.impl("head_product", TORCH_BOX(&powerflow::product_cpu));

@@ -187,11 +187,11 @@ class _Problem:
         out: Tensor | None = None,
     ) -> Tensor:
         """`Products.exponentials` of a tile of logits, which adds to ``sums``."""
-        others, energy, logits = sums or (None, None, None)
-        if logits is not None:
-            logits += z.sum(1)
         label = rows.labels - columns.start
-        return self.products.exponentials(z, rows.anchor, label, at_label, sums=others, energy=energy, out=out)
+        others, energy, logits = sums or (None, None, None)
+        return self.products.exponentials(
+            z, rows.anchor, label, at_label, sums=others, energy=energy, logits=logits, out=out
+        )
 
     def exponentials(
         self, rows: _Rows, sums: _Sums, kept: Tensor | None = None

@@ -1,4 +1,5 @@
-"""``linear_logprobs`` as PyTorch operators, which ``torch.compile(fullgraph=True)`` and ``torch.export`` take whole.
+"""``linear_logprobs`` and ``linear_logprob_stats`` as PyTorch operators, which ``torch.compile(fullgraph=True)`` and
+``torch.export`` take whole.
 
 The work stays in the launchers that the eager function calls, behind three operators that a compiler doesn't look into:
 
@@ -6,6 +7,7 @@ The work stays in the launchers that the eager function calls, behind three oper
     powerflow_fast::linear_logprobs_forward   otherwise: log-probs, and what the backward pass needs besides
     powerflow_fast::linear_logprobs_backward  the gradients of the latter
 
+The first two also return the statistics, or none where they aren't wanted.
 Which of the first two is taken follows from the inputs that need a gradient, and is settled while the graph is traced.
 The backward pass of ``unit`` is a multiplication that the compiler sees and can fuse with its neighbours.
 """
@@ -22,6 +24,7 @@ from .dispatch import Backend, check_linear_inputs
 from .kernels.types import LogitTransform, kept_width
 from .logprobs import (
     LinearLogprobsFunction,
+    LogprobStats,
     autocast_inputs,
     check_cache_bytes,
     implementation_for,
@@ -29,7 +32,7 @@ from .logprobs import (
     refuse_second_derivative,
 )
 
-__all__ = ["linear_logprobs"]
+__all__ = ["linear_logprob_stats", "linear_logprobs"]
 
 _NAME = "linear_logprobs"
 _OPTIONS = "float temperature, float logit_scale, float? logit_softcap, int ignore_index, str backend"
@@ -83,53 +86,95 @@ def linear_logprobs(
         TypeError, ValueError, BackendUnavailableError: as ``powerflow_fast.linear_logprobs``. In compiled code, what is
             wrong with a shape or dtype is found while tracing, and is quoted by the compiler's own error.
     """
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
+    arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
+    return _scored("linear_logprobs", *arguments, need_stats=False)[0]
+
+
+def linear_logprob_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+    cache_bytes: int = 0,
+) -> LogprobStats:
+    """``powerflow_fast.linear_logprob_stats`` for code that is compiled; as ``linear_logprobs`` here."""
+    transform = LogitTransform(temperature, logit_scale, logit_softcap)
+    arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
+    return LogprobStats(*_scored("linear_logprob_stats", *arguments, need_stats=True))
+
+
+def _scored(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    backend: Backend,
+    cache_bytes: int,
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, ...]:
+    """Log-probs, and the three of `RowStatistics` if they are needed."""
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     # A compiler may hold the numbers as symbols, which cannot be checked: the operators check them when they run.
     # (It takes literals for constants, and defaults of LogitTransform for symbols too.)
     checked = LogitTransform(1.0, 1.0, None) if torch.compiler.is_compiling() else transform
-    check_linear_inputs(_NAME, hidden, weight, labels, bias, checked, ignore_index)
-    check_cache_bytes(_NAME, cache_bytes)
-    arguments = (hidden, weight, labels, bias, *transform, ignore_index, backend)
+    check_linear_inputs(op, hidden, weight, labels, bias, checked, ignore_index)
+    check_cache_bytes(op, cache_bytes)
+    arguments = (hidden, weight, labels, bias, *transform, ignore_index, backend, need_stats)
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and hidden.requires_grad and not trains_head:
-        return _unit(*arguments)[0]
-    return _forward(*arguments, cache_bytes)[0]
+        logp, _, stats = _unit(*arguments)
+    else:
+        logp, _, stats = _forward(*arguments, cache_bytes)
+    return logp, *stats
 
 
 @torch.library.custom_op(
-    "powerflow_fast::linear_logprobs_unit", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+    "powerflow_fast::linear_logprobs_unit",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool need_stats) -> (Tensor, Tensor, Tensor[])",
 )
 @torch.no_grad()
-def _unit(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, ignore_index, backend):
-    """(logp (N,), ∂ logp/∂ hidden (N, H))."""
+def _unit(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, ignore_index, backend, need_stats):
+    """logp (N,), ∂ logp/∂ hidden (N, H), statistics."""
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     transform = check_linear_inputs(_NAME, hidden, weight, labels, bias, transform, ignore_index)
     run = implementation_for(backend, hidden).linear_logprob_fwd_d_hidden
-    return run(hidden, weight, labels, bias, transform, ignore_index)[:2]
+    out = run(hidden, weight, labels, bias, transform, ignore_index, stats=need_stats)
+    return out.logp, out.unit, _apart(out.stats)
 
 
 @_unit.register_fake
-def _(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, ignore_index, backend):
+def _(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, ignore_index, backend, need_stats):
     implementation_for(backend, hidden)  # a backend that cannot run is refused while tracing
     unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    return _new_logp(hidden), hidden.new_empty(hidden.shape, dtype=unit_dtype)
+    return _new_logp(hidden), hidden.new_empty(hidden.shape, dtype=unit_dtype), _new_stats(hidden, need_stats)
 
 
-def _save_unit(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    unit = output[1]
-    ctx.mark_non_differentiable(unit)
+def _save_unit(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, unit, stats = output
+    ctx.mark_non_differentiable(unit, *stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(unit)
     ctx.dtype = inputs[0].dtype
 
 
-def _scale_unit(ctx: Any, d_logp: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _scale_unit(ctx: Any, d_logp: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     d_hidden = None
     if d_logp is not None:
         with torch.no_grad():
             d_hidden = torch.mul(ctx.saved_tensors[0], d_logp[:, None]).to(ctx.dtype)
-    return refuse_second_derivative(_NAME, d_hidden), *[None] * 8
+    return refuse_second_derivative(_NAME, d_hidden), *[None] * 9
 
 
 _unit.register_autograd(_scale_unit, setup_context=_save_unit)
@@ -138,46 +183,71 @@ _unit.register_autograd(_scale_unit, setup_context=_save_unit)
 @torch.library.custom_op(
     "powerflow_fast::linear_logprobs_forward",
     mutates_args=(),
-    schema=f"({_INPUTS}, int cache_bytes) -> (Tensor, Tensor[])",
+    schema=f"({_INPUTS}, bool need_stats, int cache_bytes) -> (Tensor, Tensor[], Tensor[])",
 )
 @torch.no_grad()
-def _forward(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, ignore_index, backend, cache_bytes):
-    """logp (N,), and what the backward pass needs besides: [anchor, sum], or, where ``cache_bytes`` holds a row,
-    [numbers of the rows that count, exponentials and scale of those kept, logp, anchor and sum of the others]."""
+def _forward(
+    hidden,
+    weight,
+    labels,
+    bias,
+    temperature,
+    logit_scale,
+    logit_softcap,
+    ignore_index,
+    backend,
+    need_stats,
+    cache_bytes,
+):
+    """logp (N,), what the backward pass needs besides, and statistics. The second is [anchor, sum], or, where
+    ``cache_bytes`` holds a row, [numbers of the rows that count, exponentials and scale of those kept, logp, anchor and
+    sum of the others]."""
     context = _Context((True, True, False, True))
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     transform = check_linear_inputs(_NAME, hidden, weight, labels, bias, transform, ignore_index)
-    arguments = (transform, ignore_index, implementation_for(backend, hidden), cache_bytes)
-    logp = LinearLogprobsFunction.forward(context, hidden, weight, labels, bias, *arguments)
+    arguments = (transform, ignore_index, implementation_for(backend, hidden), cache_bytes, need_stats)
+    logp, stats = LinearLogprobsFunction._scores(context, hidden, weight, labels, bias, *arguments)
     rows, exps, scale, *others = context.saved_tensors[4:]
-    # Results of an operator must not share memory, and a launcher's may be rows of one tensor.
-    others = [x.clone() for x in others]
-    return logp, others[1:] if rows is None else [rows, exps, scale, *others]
+    others = _apart(others)
+    return logp, others[1:] if rows is None else [rows, exps, scale, *others], _apart(stats)
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, bias, temperature, logit_scale, logit_softcap, ignore_index, backend, cache_bytes):
+def _(
+    hidden,
+    weight,
+    labels,
+    bias,
+    temperature,
+    logit_scale,
+    logit_softcap,
+    ignore_index,
+    backend,
+    need_stats,
+    cache_bytes,
+):
     implementation = implementation_for(backend, hidden)
-    logp = _new_logp(hidden)
+    logp, stats = _new_logp(hidden), _new_stats(hidden, need_stats)
     if kept_rows(cache_bytes, hidden, weight, implementation) == 0:
-        return logp, [torch.empty_like(logp), torch.empty_like(logp)]
+        return logp, [torch.empty_like(logp), torch.empty_like(logp)], stats
     new_size = torch.library.get_ctx().new_dynamic_size
     count, kept, rest = new_size(), new_size(), new_size()
     v = weight.shape[0]
     exps = hidden.new_empty_strided((kept, v), (kept_width(v), 1), dtype=implementation.kept_dtype(hidden))
-    return logp, [labels.new_empty(count), exps, logp.new_empty(kept), *(logp.new_empty(rest) for _ in range(3))]
+    saved = [labels.new_empty(count), exps, logp.new_empty(kept), *(logp.new_empty(rest) for _ in range(3))]
+    return logp, saved, stats
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    logp, saved = output
-    ctx.mark_non_differentiable(*saved)
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    logp, saved, stats = output
+    ctx.mark_non_differentiable(*saved, *stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4], logp, *saved)
     ctx.options = inputs[4:9]
 
 
-def _gradients(ctx: Any, d_logp: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 10
+def _gradients(ctx: Any, d_logp: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 11
     if d_logp is None:
         return tuple(grads)
     positions = [i for i in (0, 1, 3) if ctx.needs_input_grad[i]]
@@ -244,3 +314,12 @@ def _(
 
 def _new_logp(hidden: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _new_stats(hidden: Tensor, need_stats: bool) -> list[Tensor]:
+    return [_new_logp(hidden) for _ in range(3 if need_stats else 0)]
+
+
+def _apart(tensors: Sequence[Tensor] | None) -> list[Tensor]:
+    """Copies: results of an operator must not share memory, and a launcher's may be rows of one tensor."""
+    return [x.clone() for x in tensors or ()]

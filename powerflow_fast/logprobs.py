@@ -1,7 +1,8 @@
 """Log-probabilities of tokens under a linear head, without the [tokens, vocabulary] matrix of logits.
 
 ``linear_logprobs`` is the differentiable core; ``sequence_logprobs`` sums it over packed sequences and
-``linear_logprob_stats`` adds entropy, log-sum-exp and mean logit for monitoring and confidence rewards.
+``linear_logprob_stats`` adds entropy, log-sum-exp and mean logit, for monitoring and confidence rewards, from the same
+pass.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from .dispatch import (
     resolve_backend,
     values_are_readable,
 )
-from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials, kept_width
+from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials, RowStatistics, kept_width
 
 __all__ = ["LogprobStats", "linear_logprob_stats", "linear_logprobs", "sequence_logprobs"]
 
 
 class LogprobStats(NamedTuple):
-    """Per-token statistics, each (N,) fp32, in nats; zeros at ignored rows."""
+    """Log-probs and statistics, each (N,) fp32, in nats; zeros at ignored rows."""
 
     logp: Tensor
+    """differentiable; the others are not"""
     lse: Tensor
     entropy: Tensor
     mean_logit: Tensor
@@ -94,40 +96,65 @@ class LinearLogprobsFunction(torch.autograd.Function):
     Only ``hidden``: the gradient is made in the forward pass up to the upstream factor, and backward scales its rows
     (4NVH FLOP in all, N·H saved). Otherwise: forward saves three numbers per row and backward recomputes the logits
     (8NVH when both hidden and weight are trained), except for the rows whose exponentials fit into ``cache_bytes``
-    (6NVH).
+    (6NVH). ``need_stats``: after the log-probs come their `RowStatistics`, from the same pass.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes):
+    def forward(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes, need_stats):
+        logp, stats = LinearLogprobsFunction._scores(
+            ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes, need_stats
+        )
+        ctx.set_materialize_grads(False)
+        if stats is None:
+            return logp
+        ctx.mark_non_differentiable(*stats)
+        return logp, *stats
+
+    @staticmethod
+    def _scores(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes, need_stats):
         needs = ctx.needs_input_grad
         ctx.dtype = hidden.dtype
         ctx.only_hidden = needs[0] and not needs[1] and not needs[3]
         if ctx.only_hidden:
-            out = implementation.linear_logprob_fwd_d_hidden(hidden, weight, labels, bias, transform, ignore_index)
+            out = implementation.linear_logprob_fwd_d_hidden(
+                hidden, weight, labels, bias, transform, ignore_index, stats=need_stats
+            )
             ctx.save_for_backward(out.unit)
-            return out.logp
+            return out.logp, out.stats
         ctx.transform, ctx.ignore_index, ctx.implementation = transform, ignore_index, implementation
         count = kept_rows(cache_bytes, hidden, weight, implementation)
         if count == 0:
-            out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index)
+            out = implementation.linear_logprob_fwd(
+                hidden, weight, labels, bias, transform, ignore_index, stats=need_stats
+            )
             ctx.save_for_backward(hidden, weight, labels, bias, None, None, None, *out[:3])
-            return out.logp
+            return out.logp, out.stats
         # the budget is for rows that count; to find them the host waits for the device
         rows = (labels != ignore_index).nonzero()[:, 0]
         kept, rest = rows[:count], rows[count:]
-        exps = implementation.linear_logprob_fwd_exps(hidden[kept], weight, labels[kept], bias, transform)
-        out = implementation.linear_logprob_fwd(hidden[rest], weight, labels[rest], bias, transform, ignore_index)
+        exps = implementation.linear_logprob_fwd_exps(
+            hidden[kept], weight, labels[kept], bias, transform, stats=need_stats
+        )
+        out = implementation.linear_logprob_fwd(
+            hidden[rest], weight, labels[rest], bias, transform, ignore_index, stats=need_stats
+        )
         ctx.save_for_backward(hidden, weight, labels, bias, rows, exps.exps, exps.scale, *out[:3])
-        logp = exps.logp.new_zeros(labels.shape)
-        return logp.index_copy_(0, rows, torch.cat([exps.logp, out.logp]))
+
+        def joined(ours, others):
+            return exps.logp.new_zeros(labels.shape).index_copy_(0, rows, torch.cat([ours, others]))
+
+        stats = RowStatistics(*map(joined, exps.stats, out.stats)) if need_stats else None
+        return joined(exps.logp, out.logp), stats
 
     @staticmethod
-    def backward(ctx, d_logp):
+    def backward(ctx, d_logp, *_):
+        if d_logp is None:
+            return (None,) * 9
         with torch.no_grad():
             d_hidden, d_weight, d_bias = LinearLogprobsFunction._gradients(ctx, d_logp)
         grads = (refuse_second_derivative("linear_logprobs", g) for g in (d_hidden, d_weight, d_bias))
         d_hidden, d_weight, d_bias = grads
-        return d_hidden, d_weight, None, d_bias, None, None, None, None
+        return d_hidden, d_weight, None, d_bias, *[None] * 5
 
     @staticmethod
     def _gradients(ctx, d_logp):
@@ -239,16 +266,35 @@ def linear_logprobs(
         options = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
         options |= {"ignore_index": ignore_index, "backend": backend, "cache_bytes": cache_bytes}
         return operator(hidden, weight, labels, bias=bias, **options)
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
-    transform = check_linear_inputs("linear_logprobs", hidden, weight, labels, bias, transform, ignore_index)
-    check_cache_bytes("linear_logprobs", cache_bytes)
+    arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
+    return _scored("linear_logprobs", *arguments, need_stats=False)[0]
+
+
+def _scored(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    backend: Backend,
+    cache_bytes: int,
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, ...]:
+    """Log-probs, and the three of `RowStatistics` if they are needed."""
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    transform = check_linear_inputs(op, hidden, weight, labels, bias, transform, ignore_index)
+    check_cache_bytes(op, cache_bytes)
     implementation = implementation_for(backend, hidden)
-    inputs = (hidden, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        arguments = (hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes)
-        return LinearLogprobsFunction.apply(*arguments)
-    return implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index).logp
+    head = (hidden, weight, labels, bias, transform, ignore_index)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        out = LinearLogprobsFunction.apply(*head, implementation, cache_bytes, need_stats)
+        return out if need_stats else (out,)
+    out = implementation.linear_logprob_fwd(*head, stats=need_stats)
+    return (out.logp, *(out.stats or ()))
 
 
 def sequence_logprobs(
@@ -317,7 +363,6 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, n: int) -> None:
         )
 
 
-@torch.no_grad()
 def linear_logprob_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -329,19 +374,30 @@ def linear_logprob_stats(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     backend: Backend = "auto",
+    cache_bytes: int = 0,
 ) -> LogprobStats:
-    """Log-prob, log-sum-exp, entropy and mean logit of each row in one pass over the vocabulary, without gradient.
+    """``linear_logprobs`` with log-sum-exp, entropy and mean logit of each row, from the same pass over the vocabulary.
 
     With ``z`` (N, V) the scaled, capped and tempered logits of ``linear_logprobs``:
 
         logp = log_softmax(z)[labels]      lse = logsumexp(z)      entropy = -(softmax(z) * log_softmax(z)).sum(-1)
         mean_logit = z.mean(-1)            so that lse - mean_logit = KL(uniform || p) + log V, Intuitor's confidence
 
-    Arguments, memory and errors are those of ``linear_logprobs``; each result is (N,) fp32, 0 at ignored rows.
+    A training step can log them for two more sums per logit: no product of matrices is added. Where no gradient is
+    wanted, ``torch.no_grad()`` saves the products of the backward pass, as with ``linear_logprobs``.
+
+    Arguments, memory and errors are those of ``linear_logprobs``.
+
+    Returns:
+        LogprobStats: logp with the gradients of ``linear_logprobs``, the others without; each (N,) fp32, 0 at ignored
+        rows.
     """
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    if torch.compiler.is_compiling():
+        from .compiled import linear_logprob_stats as operator
+
+        options = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
+        options |= {"ignore_index": ignore_index, "backend": backend, "cache_bytes": cache_bytes}
+        return operator(hidden, weight, labels, bias=bias, **options)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
-    transform = check_linear_inputs("linear_logprob_stats", hidden, weight, labels, bias, transform, ignore_index)
-    implementation = implementation_for(backend, hidden)
-    out = implementation.linear_logprob_fwd(hidden, weight, labels, bias, transform, ignore_index, stats=True)
-    return LogprobStats(out.logp, *out.stats)
+    arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
+    return LogprobStats(*_scored("linear_logprob_stats", *arguments, need_stats=True))

@@ -286,9 +286,8 @@ class CausalLMScorer(nn.Module):
         }
         stats = pooled = None
         if need_stats:
-            stats = linear_logprob_stats(hidden.detach(), weight.detach(), batch.labels, **options)
-        if need_stats and not torch.is_grad_enabled():
-            logps = stats.logp
+            scores = linear_logprob_stats(hidden, weight, batch.labels, **options)
+            logps, stats = scores.logp, scores._replace(logp=scores.logp.detach())
         else:
             logps = linear_logprobs(hidden, weight, batch.labels, **options)
         if pool_prompt:

@@ -87,13 +87,17 @@ class Products:
         *,
         sums: Tensor | None = None,
         energy: Tensor | None = None,
+        logits: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """``E = exp(z − anchor)`` of logits z (r, c) in ``out`` or else in z, which is overwritten in any case.
 
         A row whose ``label`` (r,) lies in [0, c) gets ``at_label`` (r,), by default 0, in that column. Over the other
-        columns, ``sums`` (r,) takes the sum of E and ``energy`` (r,) that of E (z − anchor). Without a wait for a GPU.
+        columns, ``sums`` (r,) takes the sum of E and ``energy`` (r,) that of E (z − anchor); over all, ``logits`` (r,)
+        that of z. Of these two both are given, or none. Without a wait for a GPU.
         """
+        if logits is not None:
+            logits.add_(z.sum(1))
         x = z.sub_(anchor[:, None])
         e = x.exp_() if energy is None else x.exp()
         here = (label >= 0) & (label < e.shape[1])
@@ -146,10 +150,11 @@ class CompiledProducts(Products):
         *,
         sums: Tensor | None = None,
         energy: Tensor | None = None,
+        logits: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         out = z if out is None else out
-        torch.ops.powerflow_fast.head_exponentials(z, anchor, label, at_label, sums, energy, out)
+        torch.ops.powerflow_fast.head_exponentials(z, anchor, label, at_label, sums, energy, logits, out)
         return out
 
 

@@ -58,8 +58,9 @@ def assert_same_bits(ours, theirs):
 TRAINABLE = [("hidden",), ("hidden", "weight", "bias"), ("weight",), ("hidden", "bias")]
 
 
-def test_the_signature_is_the_eager_function_s():
-    assert inspect.signature(compiled.linear_logprobs) == inspect.signature(powerflow_fast.linear_logprobs)
+@pytest.mark.parametrize("name", ["linear_logprobs", "linear_logprob_stats"])
+def test_the_signature_is_the_eager_function_s(name):
+    assert inspect.signature(getattr(compiled, name)) == inspect.signature(getattr(powerflow_fast, name))
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE, ids="+".join)
@@ -83,14 +84,16 @@ def test_the_triton_backend_has_its_bits_too(trainable):
 
 @pytest.mark.parametrize("cache_bytes", [0, 5 * ROW, 10**6])
 @pytest.mark.parametrize("trainable", [(), *TRAINABLE], ids=lambda names: "+".join(names) or "nothing")
-def test_opcheck(trainable, cache_bytes):
-    hidden, weight, labels, bias = tensors(trainable=trainable)
+@pytest.mark.parametrize("need_stats", [False, True])
+def test_opcheck(trainable, cache_bytes, need_stats):
+    inputs = hidden, weight, labels, bias = tensors(trainable=trainable)
     ops, options = torch.ops.powerflow_fast, (0.7, 1.0, 4.0, -100, "auto")
-    torch.library.opcheck(ops.linear_logprobs_forward.default, (hidden, weight, labels, bias, *options, cache_bytes))
+    torch.library.opcheck(ops.linear_logprobs_forward.default, (*inputs, *options, need_stats, cache_bytes))
     if trainable == ("hidden",) and not cache_bytes:
-        torch.library.opcheck(ops.linear_logprobs_unit.default, (hidden, weight, labels, None, *options))
+        torch.library.opcheck(ops.linear_logprobs_unit.default, (*inputs[:3], None, *options, need_stats))
     if not trainable:
-        logp, saved = ops.linear_logprobs_forward(hidden, weight, labels, bias, *options, cache_bytes)
+        logp, saved, stats = ops.linear_logprobs_forward(*inputs, *options, need_stats, cache_bytes)
+        assert len(stats) == 3 * need_stats
         for positions in ([0], [1, 3], [0, 1, 3]):
             arguments = (hidden, weight, labels, bias, *options, logp, saved, torch.ones_like(logp), positions)
             torch.library.opcheck(ops.linear_logprobs_backward.default, arguments)
@@ -128,6 +131,23 @@ def test_the_public_functions_compile_whole():
         inputs = tensors(trainable=("hidden", "weight"))
         assert_same_bits(outcome(run, inputs), outcome(function, inputs))
         assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("trainable", [(), *TRAINABLE[:3]], ids=lambda names: "+".join(names) or "nothing")
+@pytest.mark.parametrize("cache_bytes", [0, 5 * ROW])
+def test_statistics_compile_whole(trainable, cache_bytes):
+    def stats(hidden, weight, labels, bias):
+        found = powerflow_fast.linear_logprob_stats(hidden, weight, labels, bias=bias, cache_bytes=cache_bytes)
+        return found._replace(entropy=2 * found.entropy)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(stats, fullgraph=True, backend=counter)
+    inputs = tensors(trainable=trainable)
+    for ours, theirs in zip(run(*inputs), stats(*inputs), strict=True):
+        assert torch.equal(ours, theirs)
+    assert counter.frame_count == 1
+    if trainable:
+        assert_same_bits(outcome(lambda *x: run(*x).logp, inputs), outcome(lambda *x: stats(*x).logp, inputs))
 
 
 def test_numbers_may_change_between_calls():

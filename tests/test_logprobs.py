@@ -264,6 +264,38 @@ def test_stats(backend, dtype, transform, check_accuracy):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", ["plain", "all"])
+@pytest.mark.parametrize(
+    "trainable", [{}, {"weight": False, "bias": False}, {"hidden": False}], ids=["all", "hidden", "head"]
+)
+@pytest.mark.parametrize("cache_bytes", [0, 9 * 131 * 4])
+def test_stats_beside_gradients(backend, dtype, transform, trainable, cache_bytes, check_accuracy):
+    """Statistics of the pass that makes the gradients: as those of a pass of their own, and the gradients unchanged."""
+    case = make_case(dtype, **TRANSFORMS[transform])
+    options = {"backend": backend, "cache_bytes": cache_bytes}
+    found = []
+
+    def with_stats(*args, **kwargs):
+        found.append(linear_logprob_stats(*args, **kwargs))
+        return found[0].logp
+
+    logp, grads = case.run(linear_logprobs, None, trainable, **options)
+    same_logp, same_grads = case.run(with_stats, None, trainable, **options)
+    assert torch.equal(logp, same_logp)
+    assert all(torch.equal(grad, same_grads[name]) for name, grad in grads.items())
+    exact = linear_logprob_stats_ref(
+        *(x.double() for x in case.tensors().values() if x.dim() == 2),
+        case.labels,
+        **{name: x.double() if name == "bias" else x for name, x in case.options.items()},
+    )
+    for name, value in zip(found[0]._fields, exact, strict=True):
+        result = getattr(found[0], name)
+        assert result.dtype == torch.float32 and result.requires_grad == (name == "logp")
+        check_accuracy(result.detach(), value.detach(), value.detach(), dtype, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gap", [26.0, -120.0])
 def test_stats_of_extreme_tokens(backend, gap):
     case = special_row(gap)
@@ -340,6 +372,10 @@ def test_no_wasted_work(monkeypatch):
     with torch.no_grad():
         linear_logprobs(case.hidden.requires_grad_(), case.weight, case.labels)
     assert [name for name, _ in calls] == ["linear_logprob_fwd"]
+    for trainable, expected in (({"weight": False}, ["fwd_d_hidden"]), ({}, ["fwd", "bwd"])):
+        calls.clear()
+        case.run(lambda *args, **options: linear_logprob_stats(*args, **options).logp, None, trainable)
+        assert [name for name, _ in calls] == [f"linear_logprob_{name}" for name in expected]
 
 
 def test_frozen_head_saves_one_gradient_and_nothing_else():

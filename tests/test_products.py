@@ -136,9 +136,11 @@ def test_exponentials_leave_the_label_out(kind, dtype, width):
             if half:
                 torch.testing.assert_close(e, expected.to(torch.bfloat16), rtol=8e-3, atol=0)
             torch.testing.assert_close(sums.double(), start + exact.sum(1), rtol=1e-6, atol=0)
-            again, energy = torch.empty_like(e), start.clone()
-            run.exponentials(z.clone(), anchor, label, values, energy=energy, out=again)
-            assert torch.equal(again, e)
+            again, sums_again, energy, logits = torch.empty_like(e), start.clone(), start.clone(), start.clone()
+            statistics = {"sums": sums_again, "energy": energy, "logits": logits}
+            run.exponentials(z.clone(), anchor, label, values, **statistics, out=again)
+            assert torch.equal(again, e) and torch.equal(sums_again, sums)
+            torch.testing.assert_close(logits.double(), start + z.double().sum(1), rtol=2e-6, atol=1e-4)
             exact_energy = (exact * (z - anchor[:, None])).sum(1)
             torch.testing.assert_close(energy.double(), start + exact_energy, rtol=2e-6, atol=1e-5)
 
@@ -146,8 +148,10 @@ def test_exponentials_leave_the_label_out(kind, dtype, width):
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_a_ruled_out_column_has_no_energy(kind, dtype):
     z = torch.tensor([[0.5, -torch.inf, -1.0, -100.0]])
-    sums, energy = torch.zeros(1), torch.zeros(1)
-    kind(torch.zeros(1, dtype=dtype)).exponentials(z, torch.zeros(1), torch.tensor([-1]), sums=sums, energy=energy)
+    sums, energy, logits = torch.zeros(3, 1)
+    statistics = {"sums": sums, "energy": energy, "logits": logits}
+    kind(torch.zeros(1, dtype=dtype)).exponentials(z, torch.zeros(1), torch.tensor([-1]), **statistics)
+    assert logits.item() == -math.inf
     assert sums.item() == pytest.approx(math.exp(0.5) + math.exp(-1), rel=1e-6)
     assert energy.item() == pytest.approx(0.5 * math.exp(0.5) - math.exp(-1), rel=1e-6)
 
@@ -200,11 +204,16 @@ print(traced, type(products_for(torch.zeros(1))).__name__)
         ("head_product", lambda f: (f(2, 3), f(3, 5), f(2, 5), False, f(9)), "memory hold b"),
         (
             "head_exponentials",
-            lambda f: (f(2, 3), f(3), f(2).long(), None, None, None, f(2, 3)),
+            lambda f: (f(2, 3), f(3), f(2).long(), None, None, None, None, f(2, 3)),
             "all .rows,. and contig",
         ),
-        ("head_exponentials", lambda f: (f(2, 3), f(2), f(2).long(), None, None, None, f(2, 4)), "one shape"),
-        ("head_exponentials", lambda f: (f(2, 3), f(2), f(2).long(), None, None, None, f(2, 3).half()), "out must be"),
+        ("head_exponentials", lambda f: (f(2, 3), f(2), f(2).long(), None, None, None, None, f(2, 4)), "one shape"),
+        (
+            "head_exponentials",
+            lambda f: (f(2, 3), f(2), f(2).long(), None, None, None, None, f(2, 3).half()),
+            "out must be",
+        ),
+        ("head_exponentials", lambda f: (f(2, 3), f(2), f(2).long(), None, None, f(2), None, f(2, 3)), "both be given"),
     ],
 )
 def test_a_direct_call_cannot_read_outside_of_its_tensors(op, arguments, message):

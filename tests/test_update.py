@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from tiny import PAD, one_thread, ragged_ids, tiny_model  # noqa: F401
 
-from powerflow_fast import PowerFlowConfig
+from powerflow_fast import PowerFlowConfig, chunked
 from powerflow_fast.models import CausalLMScorer, disable_dropout, make_base
 from powerflow_fast.partition import LogZHead
 from powerflow_fast.samples import Samples
@@ -123,6 +123,27 @@ def test_every_forward_stays_within_the_budget(packing, log_z, caplog):
         f"a sequence of {too_long[0]} tokens, prompt and completion, exceeds max_tokens_per_batch=20; such a sequence "
         "gets a micro-batch of its own"
     ]
+
+
+@pytest.mark.parametrize(("trained", "passes"), [(True, ["fwd", "bwd"]), (False, ["fwd_d_hidden"])])
+def test_an_entropy_costs_no_pass_of_its_own(monkeypatch, trained, passes):
+    """A step that is logged runs the head's passes of one that isn't, and has the bits of its gradient."""
+    calls = []
+    for name in ("fwd", "bwd", "fwd_d_hidden"):
+        run = getattr(chunked, f"linear_logprob_{name}")
+        spy = lambda *args, name=name, run=run, **options: (calls.append(name), run(*args, **options))[1]  # noqa: E731
+        monkeypatch.setattr(chunked, f"linear_logprob_{name}", spy)
+    grads = []
+    for need_entropy in (False, True):
+        made = updater("llama", packing="sdpa")
+        made.policy.scorer.head.weight.requires_grad_(trained)
+        samples = samples_for(made)
+        calls.clear()
+        sums = made.gradient(samples, on_policy=True, need_entropy=need_entropy)
+        assert calls == passes and (sums.entropy is not None) is need_entropy
+        grads.append({name: p.grad for name, p in made.policy.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][name], grad) for name, grad in grads[1].items())
 
 
 def test_groups_that_fit_are_scored_once():

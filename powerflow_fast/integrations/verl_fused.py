@@ -200,16 +200,13 @@ def fused_forward(
     operands = (hidden.reshape(-1, hidden.shape[-1]), head.weight, shift_labels.reshape(-1).long())
     options = {"bias": head.bias, "temperature": float(temperature), **self._powerflow_fast_logits}
 
-    log_probs, entropy = None, None
-    recording = torch.is_grad_enabled()
-    if calculate_entropy or (calculate_entropy is None and not recording):
+    entropy = None
+    if calculate_entropy or (calculate_entropy is None and not torch.is_grad_enabled()):
         stats = linear_logprob_stats(*operands, **options)
         log_probs, entropy = stats.logp, stats.entropy
-    if recording:
-        log_probs = linear_logprobs(*operands, **options)
-        if entropy is not None and log_probs.requires_grad:
+        if log_probs.requires_grad:
             entropy = _NoEntropyGradient.apply(entropy, log_probs)
-    elif log_probs is None:
+    else:
         log_probs = linear_logprobs(*operands, **options)
     return CausalLMOutputForPPO(
         log_probs=log_probs.view(shape),
