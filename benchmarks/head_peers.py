@@ -21,7 +21,7 @@ from measure import Outputs
 from providers import Provider, package, require_cuda
 from torch import Tensor
 
-from powerflow_fast import linear_logprobs
+from powerflow_fast import linear_logprob_stats, linear_logprobs
 from powerflow_fast.dispatch import resolve_backend
 from powerflow_fast.products import CompiledProducts, compiled_products_run
 
@@ -151,8 +151,11 @@ def load_unsloth(device: torch.device) -> Logprobs:
     return lambda hidden, weight, labels: function(hidden, weight, labels, mask=labels != IGNORE)
 
 
-def load_ours(device: torch.device, *, backend: str) -> Logprobs:
+def load_ours(device: torch.device, *, backend: str, entropy: bool = False) -> Logprobs:
+    """With ``entropy``: as a step that logs one, from the same pass."""
     resolve_backend(backend, device, torch.float32)
+    if entropy:
+        return lambda hidden, weight, labels: linear_logprob_stats(hidden, weight, labels, backend=backend).logp
     return lambda hidden, weight, labels: linear_logprobs(hidden, weight, labels, backend=backend)
 
 
@@ -160,8 +163,10 @@ def _bind(load: Callable[..., Logprobs], **options: object) -> Callable[[torch.d
     return lambda device: load(device, **options)
 
 
+_WITH_ENTROPY = _bind(load_ours, backend="auto", entropy=True)
 HEAD_PROVIDERS = [
     Provider("powerflow_fast", "powerflow_fast", _bind(load_ours, backend="auto"), (1, 2, 4), "auto"),
+    Provider("powerflow_fast with entropy", "powerflow_fast", _WITH_ENTROPY, (1, 2, 4), "auto"),
     Provider("powerflow_fast torch", "powerflow_fast", _bind(load_ours, backend="torch"), (1, 2, 4), "torch"),
     Provider("powerflow_fast triton", "powerflow_fast", _bind(load_ours, backend="triton"), (1, 2, 4), "triton"),
     Provider("naive", "torch", load_naive, (1, 2, 3)),
@@ -227,7 +232,8 @@ def head_step(provider: Provider, case: HeadCase, inputs: HeadInputs) -> Callabl
 
 
 def default_head_providers(device: torch.device, dtype: str) -> list[Provider]:
-    """All of them, without those that would be measured twice: ``auto`` is ``torch`` on a CPU, ``triton`` on a GPU.
+    """All of them, without those that would be measured twice: ``auto`` is ``torch`` on a CPU, ``triton`` on a GPU, and
+    what an entropy adds there is in kernel_times.py.
 
     The floor of a CPU is the fastest of several products: fp32 for a half-precision type that it emulates, and
     oneDNN's blocks where torch calls a library that leaves vector units unused.
@@ -236,6 +242,8 @@ def default_head_providers(device: torch.device, dtype: str) -> list[Provider]:
     left_out = {"powerflow_fast torch" if on_cpu else "powerflow_fast triton"}
     if not on_cpu or dtype == "fp32":
         left_out.add("gemm fp32")
+    if not on_cpu:
+        left_out.add("powerflow_fast with entropy")
     if not on_cpu or not compiled_products_run():
         left_out.add("gemm blocks")
     return [p for p in HEAD_PROVIDERS if p.name not in left_out]

@@ -2,9 +2,10 @@
 
     python benchmarks/kernel_times.py [--out FOLDER] [--heads 2]
 
-Each mode of the head (no_grad, frozen, full) and the one-pass loss runs seven times in a row, timed by events, as the
-bare products of the mode do before it; then a few times under torch.profiler, for each kernel's launches and
-milliseconds a step. What the kernels leave of the step is launches and gaps. Rows go to ``FOLDER/kernel-times.jsonl``.
+Each mode of the head (no_grad, frozen, full; the first two also with an entropy from the same pass) and the one-pass
+loss runs seven times in a row, timed by events, as the bare products of the mode do before it; then a few times under
+torch.profiler, for each kernel's launches and milliseconds a step. What the kernels leave of the step is launches and
+gaps. Rows go to ``FOLDER/kernel-times.jsonl``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from suites import GPU_HEADS  # noqa: E402
 N = 8192
 STEPS = 3
 HEAD = next(p for p in HEAD_PROVIDERS if p.name == "powerflow_fast")
+WITH_ENTROPY = next(p for p in HEAD_PROVIDERS if p.name == "powerflow_fast with entropy")
 FLOOR = next(p for p in HEAD_PROVIDERS if p.name == "gemm")
 ONE_PASS = next(p for p in OURS if p.name == "powerflow_fast one pass")
 
@@ -60,7 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--heads", type=int, default=len(GPU_HEADS), help="only the first so many heads")
     parser.add_argument("--commit", help="of a copy that has no .git")
-    parser.add_argument("--modes", nargs="+", default=["no_grad", "frozen", "full", "one pass"])
+    modes = ["no_grad", "frozen", "full", "one pass", "no_grad with entropy", "frozen with entropy"]
+    parser.add_argument("--modes", nargs="+", default=modes)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda")
@@ -76,9 +79,11 @@ def main() -> None:
                     inputs = loss_inputs(case, device)
                     step, floor = loss_step(ONE_PASS, case, inputs), loss_step(FLOOR, case, inputs)
                 else:
-                    case = HeadCase(N, v, h, mode=mode)
+                    plain = mode.removesuffix(" with entropy")
+                    case = HeadCase(N, v, h, mode=plain)
                     inputs = head_inputs(case, device)
-                    step, floor = head_step(HEAD, case, inputs), head_step(FLOOR, case, inputs)
+                    step = head_step(HEAD if plain == mode else WITH_ENTROPY, case, inputs)
+                    floor = head_step(FLOOR, case, inputs)
                 bare = median_ms(floor, 7)
                 ms = median_ms(step, 7)
                 kernels = kernels_of(step)

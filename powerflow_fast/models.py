@@ -287,7 +287,7 @@ class CausalLMScorer(nn.Module):
         stats = pooled = None
         if need_stats:
             scores = linear_logprob_stats(hidden, weight, batch.labels, **options)
-            logps, stats = scores.logp, scores._replace(logp=scores.logp.detach())
+            logps, stats = scores.logp, LogprobStats(scores.logp.detach(), *scores[1:])
         else:
             logps = linear_logprobs(hidden, weight, batch.labels, **options)
         if pool_prompt:

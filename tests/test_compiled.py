@@ -138,7 +138,7 @@ def test_the_public_functions_compile_whole():
 def test_statistics_compile_whole(trainable, cache_bytes):
     def stats(hidden, weight, labels, bias):
         found = powerflow_fast.linear_logprob_stats(hidden, weight, labels, bias=bias, cache_bytes=cache_bytes)
-        return found._replace(entropy=2 * found.entropy)
+        return type(found)(found.logp, found.lse, 2 * found.entropy, found.mean_logit)
 
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(stats, fullgraph=True, backend=counter)

@@ -94,14 +94,27 @@ def compiled(tmp_path_factory):
 
 
 def partitions(code: list) -> list[tuple[int, list]]:
-    """(registers that its warps hold, code) of each stretch of a kernel between two changes of that number."""
+    """(registers that its warps hold, code) of what runs between two changes of that number, in order of addresses:
+    rare branches may lie behind other partitions."""
+    index = {address: i for i, (address, _) in enumerate(code)}
     stretches = []
-    for address, text in code:
+    for start, (_, text) in enumerate(code):
         change = re.match(r"USETMAXREG\.\S+ (?:UP\d, )?(0x[0-9a-f]+)", text)
-        if change:
-            stretches.append((int(change[1], 16), []))
-        if stretches:
-            stretches[-1][1].append((address, text))
+        if not change:
+            continue
+        reached, ahead = {start}, [start]
+        while ahead:
+            i = ahead.pop()
+            text = code[i][1]
+            jump = re.search(r"\b(?:BRA|BSSY)\b.*?(0x[0-9a-f]+)", text)
+            after = [index.get(int(jump[1], 16))] if jump else []
+            if not re.match(r"(BRA (?!U?!?U?P\d)|EXIT|BRX)", text):
+                after.append(i + 1)
+            for k in after:
+                if k is not None and k < len(code) and k not in reached and not code[k][1].startswith("USETMAXREG"):
+                    reached.add(k)
+                    ahead.append(k)
+        stretches.append((int(change[1], 16), [code[i] for i in sorted(reached)]))
     return stretches
 
 
@@ -147,8 +160,8 @@ def test_products_are_never_serialised(compiled):
     for record in compiled:
         assert record["UTMALDG"] == 3 and all(x.startswith("HGMMA.64x256x16.F32") for x in record["products"])
         found, products = consumers(record), 2 if record["variant"] == "shallow" else 4
-        assert len(found) == 2
-        for code, groups in zip(found, (2, 3), strict=True):  # the first consumer stops to pass the turn on
+        counts = []
+        for code in found:
             words = [re.search(r"HGMMA|WARPGROUP\.\w+", text) for _, text in code]
             sequence = [
                 word[0] + (" gsb0" if "gsb0" in text and word[0] == "HGMMA" else "") + text[-4:] * ("DEPBAR" in text)
@@ -156,7 +169,9 @@ def test_products_are_never_serialised(compiled):
                 if word
             ]
             step = ["WARPGROUP.ARRIVE", *["HGMMA"] * (products - 1), "HGMMA gsb0", "WARPGROUP.DEPBAR 0x1"]
-            assert sequence == step * groups + ["WARPGROUP.DEPBAR 0x0"], record["kernel"]
+            counts.append(len(sequence) // len(step))
+            assert sequence == step * counts[-1] + ["WARPGROUP.DEPBAR 0x0"], record["kernel"]
+        assert sorted(counts) == [2, 3]  # the first consumer stops to pass the turn on
 
 
 def test_an_epilogue_is_short(compiled):
@@ -164,7 +179,7 @@ def test_an_epilogue_is_short(compiled):
     for record in compiled:
         most = dict(zip(KERNELS, (620, 840, 620), strict=True))[record["kernel"]]
         if record["variant"] == "stats":  # the sum of logits, and that of e^x x
-            most += 2.3 * 128
+            most += 3 * 128
         for code in consumers(record):
             way = epilogue(code)
             print(record["kernel"], record["variant"], len(way))
