@@ -30,6 +30,7 @@ from .logprobs import (
     implementation_for,
     kept_rows,
     refuse_second_derivative,
+    usual_cache_bytes,
 )
 
 __all__ = ["linear_logprob_stats", "linear_logprobs"]
@@ -63,7 +64,7 @@ def linear_logprobs(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     backend: Backend = "auto",
-    cache_bytes: int = 0,
+    cache_bytes: int | None = None,
 ) -> Tensor:
     """``powerflow_fast.linear_logprobs`` for code that is compiled: same arguments, same result and gradients to the
     bit, same FLOP and memory, and one node of the graph instead of a graph break.
@@ -74,7 +75,7 @@ def linear_logprobs(
 
     N may be dynamic. Called without a compiler it is the eager function with a little more overhead. With
     ``cache_bytes``, which keeps a number of rows that depends on the labels, the graph holds sizes that are known when
-    it runs.
+    it runs; compiled code keeps none unless told so.
 
     Args:
         all: as in ``powerflow_fast.linear_logprobs``. Gradients: hidden (N, H), weight (V, H), bias (V,).
@@ -102,7 +103,7 @@ def linear_logprob_stats(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     backend: Backend = "auto",
-    cache_bytes: int = 0,
+    cache_bytes: int | None = None,
 ) -> LogprobStats:
     """``powerflow_fast.linear_logprob_stats`` for code that is compiled; as ``linear_logprobs`` here."""
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
@@ -119,7 +120,7 @@ def _scored(
     transform: LogitTransform,
     ignore_index: int,
     backend: Backend,
-    cache_bytes: int,
+    cache_bytes: int | None,
     *,
     need_stats: bool,
 ) -> tuple[Tensor, ...]:
@@ -130,6 +131,8 @@ def _scored(
     checked = LogitTransform(1.0, 1.0, None) if torch.compiler.is_compiling() else transform
     check_linear_inputs(op, hidden, weight, labels, bias, checked, ignore_index)
     check_cache_bytes(op, cache_bytes)
+    if cache_bytes is None:
+        cache_bytes = usual_cache_bytes(hidden, weight, implementation_for(backend, hidden))
     arguments = (hidden, weight, labels, bias, *transform, ignore_index, backend, need_stats)
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and hidden.requires_grad and not trains_head:

@@ -149,7 +149,7 @@ def linear_la_tb_loss(
                 count = max(1, sum(a < b for a, b in itertools.pairwise(bounds)))
         return LATBOutput(*LinearLATBFunction.apply(hidden, weight, bias, log_z, call, chunks, most, count))
     options = {**transform._asdict(), "ignore_index": _NO_LABEL}
-    logps = linear_logprobs(hidden, weight, labels, bias=bias, backend=backend, **options)
+    logps = linear_logprobs(hidden, weight, labels, bias=bias, backend=backend, cache_bytes=0, **options)
     if log_z is None:
         log_z = call.group_log_z(logps.detach(), 0, len(base_logps))
     return call.loss(op, logps, log_z, 0, len(base_logps), num_sequences)

@@ -80,6 +80,21 @@ def refuse_second_derivative(op: str, gradient: Tensor | None) -> Tensor | None:
     return _RefuseSecondDerivative.apply(gradient, torch.zeros((), requires_grad=True), op)
 
 
+# Of exponentials on a CPU, beside the 4·V·H bytes of a head's gradient in fp32 that a pass over all rows at once saves.
+_WHOLE_BYTES = 256 * 2**20
+
+
+def usual_cache_bytes(hidden: Tensor, weight: Tensor, implementation: object) -> int:
+    """As `linear_logprobs` says of ``cache_bytes``; 0 in compiled code, whose sizes would depend on the labels."""
+    on_cpu = hidden.device.type == "cpu" and implementation is torch_backend
+    if not on_cpu or torch.compiler.is_compiling() or hidden.dtype != torch.bfloat16:
+        return 0
+    if implementation.kept_dtype(hidden) != hidden.dtype:
+        return 0
+    whole = hidden.shape[0] * kept_width(weight.shape[0]) * hidden.itemsize
+    return whole if whole <= _WHOLE_BYTES + 4 * weight.numel() else 0
+
+
 def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor, implementation: object) -> int:
     """Rows whose exponentials fit into ``cache_bytes``.
 
@@ -167,18 +182,21 @@ class LinearLogprobsFunction(torch.autograd.Function):
         options = (bias, ctx.transform, ctx.ignore_index, ForwardOutput(*forward))
         if rows is None:
             return ctx.implementation.linear_logprob_bwd(hidden, weight, labels, *options, d_logp, **needs)
-        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None)
         kept, rest = rows[: exps.shape[0]], rows[exps.shape[0] :]
+        own_dtype = not rest.numel() and hidden.dtype == torch.bfloat16  # one product is all there is to sum
+        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None, own_dtype=own_dtype)
         parts = [
             ctx.implementation.linear_logprob_bwd_exps(
                 *(hidden[kept], weight, RowExponentials(d_logp, exps, scale), d_logp[kept]),
                 need_d_hidden=need_d_hidden,
                 add_to=sums,
-            ),
-            ctx.implementation.linear_logprob_bwd(
-                hidden[rest], weight, labels[rest], *options, d_logp[rest], **needs, add_to=sums
-            )[0],
+            )
         ]
+        if rest.numel():
+            d_rest, _, _ = ctx.implementation.linear_logprob_bwd(
+                hidden[rest], weight, labels[rest], *options, d_logp[rest], **needs, add_to=sums
+            )
+            parts.append(d_rest)
         d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, torch.cat(parts)) if need_d_hidden else None
         d_weight, d_bias = sums.finished()
         return (
@@ -188,7 +206,9 @@ class LinearLogprobsFunction(torch.autograd.Function):
         )
 
 
-def check_cache_bytes(op: str, cache_bytes: int) -> None:
+def check_cache_bytes(op: str, cache_bytes: int | None) -> None:
+    if cache_bytes is None:
+        return
     if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
         raise TypeError(f"{op}: cache_bytes must be an int, got {type(cache_bytes).__name__}")
     if cache_bytes < 0:
@@ -217,7 +237,7 @@ def linear_logprobs(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     backend: Backend = "auto",
-    cache_bytes: int = 0,
+    cache_bytes: int | None = None,
 ) -> Tensor:
     """Log-probability of each label under a linear head. In plain torch:
 
@@ -241,7 +261,8 @@ def linear_logprobs(
         backend: ``"auto"`` (Triton on a CUDA device of capability >= 8.0, else torch), or one of them by name.
         cache_bytes: with a trainable head, memory in which exponentials of the logits may wait for the backward pass
             instead of being recomputed: V elements per row, in hidden's dtype, or fp32 on a CPU that doesn't multiply
-            bf16 natively; float16 is never kept.
+            bf16 natively; float16 is never kept. None: 0, except for bf16 on a CPU that multiplies it, where all rows
+            are kept if they fit into 256 MiB and the 4·V·H bytes of fp32 sums that this saves.
 
     Returns:
         (N,) fp32, nats.
@@ -250,7 +271,8 @@ def linear_logprobs(
     ``hidden`` needs one (the gradient is produced in the forward pass, N·H elements are saved); 8NVH for a trainable
     head, 6NVH for the rows that ``cache_bytes`` holds. Extra memory: one tile buffer (CPU: 32 MiB, and as much again
     with a softcap) plus 4·H bytes per row of a tile; a trainable half-precision head adds 4·V·H bytes to sum its
-    gradient in fp32. None of it grows with N. ``linear_la_tb_loss`` trains a head at 6NVH without a cache.
+    gradient in fp32. None of it but the cache grows with N. ``linear_la_tb_loss`` trains a head at 6NVH with a bounded
+    cache.
     Under ``torch.autocast`` hidden, weight and bias are cast to the autocast dtype, as for ``torch.nn.Linear``.
 
     Raises:
@@ -280,7 +302,7 @@ def _scored(
     transform: LogitTransform,
     ignore_index: int,
     backend: Backend,
-    cache_bytes: int,
+    cache_bytes: int | None,
     *,
     need_stats: bool,
 ) -> tuple[Tensor, ...]:
@@ -289,6 +311,8 @@ def _scored(
     transform = check_linear_inputs(op, hidden, weight, labels, bias, transform, ignore_index)
     check_cache_bytes(op, cache_bytes)
     implementation = implementation_for(backend, hidden)
+    if cache_bytes is None:
+        cache_bytes = usual_cache_bytes(hidden, weight, implementation)
     head = (hidden, weight, labels, bias, transform, ignore_index)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         out = LinearLogprobsFunction.apply(*head, implementation, cache_bytes, need_stats)
@@ -374,7 +398,7 @@ def linear_logprob_stats(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     backend: Backend = "auto",
-    cache_bytes: int = 0,
+    cache_bytes: int | None = None,
 ) -> LogprobStats:
     """``linear_logprobs`` with log-sum-exp, entropy and mean logit of each row, from the same pass over the vocabulary.
 

@@ -78,9 +78,10 @@ def naive(hidden, weight, labels, **options):
 
 
 def check(case, dtype, backend, check_accuracy, trainable=None):
+    cache = {name: case.options.pop(name) for name in ("cache_bytes",) if name in case.options}
     exact, exact_grads = case.run(linear_logprobs_ref, torch.float64, trainable)
     torchs, torchs_grads = case.run(naive, None, trainable)
-    ours, grads = case.run(linear_logprobs, None, trainable, backend=backend)
+    ours, grads = case.run(linear_logprobs, None, trainable, backend=backend, **cache)
     assert ours.dtype == torch.float32
     # The value is fp32 whatever the inputs: it has to beat half-precision logits, not merely match them.
     check_accuracy(ours, exact if dtype != torch.float32 else torchs, exact, dtype, "logp")
@@ -103,8 +104,9 @@ TRANSFORMS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("frozen", ["none", "head", "hidden"])
-def test_value_and_gradients(backend, dtype, transform, frozen, check_accuracy):
-    case = make_case(dtype, **TRANSFORMS[transform])
+@pytest.mark.parametrize("cache", [{}, {"cache_bytes": 0}], ids=["usual", "no cache"])
+def test_value_and_gradients(backend, dtype, transform, frozen, cache, check_accuracy):
+    case = make_case(dtype, **TRANSFORMS[transform], **cache)
     trainable = {"none": {}, "head": {"weight": False, "bias": False}, "hidden": {"hidden": False}}[frozen]
     check(case, dtype, backend, check_accuracy, trainable)
 
@@ -376,6 +378,24 @@ def test_no_wasted_work(monkeypatch):
         calls.clear()
         case.run(lambda *args, **options: linear_logprob_stats(*args, **options).logp, None, trainable)
         assert [name for name, _ in calls] == [f"linear_logprob_{name}" for name in expected]
+
+
+def test_what_is_kept_by_itself(monkeypatch):
+    """bf16 on a CPU that multiplies it: all rows or none, by the bytes that they take and those that they save."""
+    usual = logprobs.usual_cache_bytes
+    hidden, weight = torch.zeros(100, 8).bfloat16(), torch.zeros(1000, 8).bfloat16()
+    native = types.SimpleNamespace(kept_dtype=lambda hidden: hidden.dtype)
+    assert usual(hidden, weight, native) == 0, "another backend"
+    monkeypatch.setattr(logprobs, "torch_backend", native)
+    assert usual(hidden, weight, native) == 100 * 1008 * 2
+    assert usual(hidden.float(), weight.float(), native) == usual(hidden.half(), weight.half(), native) == 0
+    monkeypatch.setattr(logprobs, "_WHOLE_BYTES", 100 * 1008 * 2 - 4 * 8000)
+    assert usual(hidden, weight, native) == 100 * 1008 * 2
+    monkeypatch.setattr(logprobs, "_WHOLE_BYTES", 100 * 1008 * 2 - 4 * 8000 - 1)
+    assert usual(hidden, weight, native) == 0
+    emulated = types.SimpleNamespace(kept_dtype=lambda hidden: torch.float32)
+    monkeypatch.setattr(logprobs, "torch_backend", emulated)
+    assert usual(hidden[:1], weight, emulated) == 0
 
 
 def test_frozen_head_saves_one_gradient_and_nothing_else():
