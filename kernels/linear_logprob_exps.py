@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from powerflow_fast.kernels.active_tiles import active_tiles
+from powerflow_fast.kernels.active_tiles import active_tiles, sort_rows
 from powerflow_fast.kernels.launch import (
     LN_2,
     LOG2_E,
@@ -293,16 +293,17 @@ def _exponentials(
     exps: Tensor,
     partial: Tensor,
     tile: Tile,
+    row_tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Fills ``exps`` and ``partial``, (2, tiles, rows) or 4 for 2 with statistics, as `_exp_tile_kernel` does: around
     each row's z_y, then once more, around the maximum, the rows that leave their dtype's range so. Returns
-    (z_y, (dz/du)_y / slope with a softcap, anchor)."""
+    (z_y, (dz/du)_y / slope with a softcap, anchor). ``row_tiles``: `active_tiles` of the rows that count, if known."""
     (n, h), v = hidden.shape, weight.shape[0]
     pre, post, _ = logit_factors(transform)
     tiles, plane = partial.shape[1], partial.stride(0)
     floor, limit = ANCHOR_RANGE[hidden.dtype]
-    logit, bend, active = label_logits(hidden, weight, labels, bias, transform, ignore_index)
-    anchor = logit.clone()
+    anchor = hidden.new_empty(n, dtype=torch.float32)
+    logit, bend, active = label_logits(hidden, weight, labels, bias, transform, ignore_index, anchor)
     hopper, sms = hopper_tiles_for(hidden, bias, transform), num_sms(hidden.device)
     if not hopper:
         a, b, *strides = operands(hidden, weight, tile)
@@ -314,7 +315,8 @@ def _exponentials(
         _exp_tile_kernel[(programs,)](*inputs, exps, partial, *sizes, **options)
     else:
         inputs, results = (hidden, weight, labels, active), (anchor, exps, partial, pre)
-        hopper.exp_tiles(*inputs, active_tiles(active), *results, sms=sms)
+        row_tiles = active_tiles(active) if row_tiles is None else row_tiles
+        hopper.exp_tiles(*inputs, row_tiles, *results, sms=sms)
     _reanchor_kernel[(triton.cdiv(n, 16),)](
         partial, anchor, active, n, tiles, plane, floor, limit, HEADROOM, BLOCK_N=16, BLOCK_T=128
     )
@@ -352,7 +354,6 @@ def linear_logprob_fwd_d_hidden(
     slope = logit_factors(transform)[2]
     tile = choose_tile(hidden, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
-    rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
     logp = hidden.new_empty(n, dtype=torch.float32)
     row_stats = hidden.new_empty(3, n, dtype=torch.float32) if stats else None
     # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
@@ -366,11 +367,12 @@ def linear_logprob_fwd_d_hidden(
     tiles = triton.cdiv(v, tile.block_v)
     exps = hidden.new_empty(size, width)
     partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
-    for part in rows.split(size):
-        chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
+    rows, ordered, tiles_of_rows = sort_rows(labels, ignore_index, size)
+    for part, y, row_tiles in zip(rows.split(size), ordered.split(size), tiles_of_rows, strict=True):
+        chunk = readable(hidden.index_select(0, part))
         count = len(part)
         logit, bend, anchor = _exponentials(
-            chunk, weight, y, bias, transform, ignore_index, exps, partial, tile
+            chunk, weight, y, bias, transform, ignore_index, exps, partial, tile, row_tiles
         )  # fmt: skip
         product = matmul_fp32(exps[:count, :v], weight)
         _unit_gradient_kernel[(triton.cdiv(count, 16),)](

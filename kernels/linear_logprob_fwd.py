@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from powerflow_fast.kernels.active_tiles import active_tiles
+from powerflow_fast.kernels.active_tiles import sort_rows
 from powerflow_fast.kernels.launch import (
     LN_2,
     LOG2_E,
@@ -41,11 +41,11 @@ from powerflow_fast.kernels.types import ForwardOutput, LogitTransform, RowStati
 
 @triton.jit(do_not_specialize=["N"])
 def _label_logit_kernel(
-    p_hidden, p_weight, p_bias, p_label, o_logit, o_slope, o_active,
+    p_hidden, p_weight, p_bias, p_label, o_logit, o_anchor, o_slope, o_active,
     N, V, H, stride_h, stride_w, ignore_index, pre, post,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """z_y of each row, ``(dz/du)_y / slope``, and whether the row counts (int32).
+    """z_y of each row, twice where an anchor is asked for, ``(dz/du)_y / slope``, and whether the row counts (int32).
 
     NaN for a label outside [0, V), 0 for an ignored row. Reads 2NH elements, 2NH FLOP.
     """
@@ -68,6 +68,8 @@ def _label_logit_kernel(
     x, slope = softcapped(u, pre, HAS_SOFTCAP)
     z = tl.where(known, x * logit_scale(pre, post, HAS_SOFTCAP), tl.where(active, float("nan"), 0.0))
     tl.store(o_logit + n, z, mask=n < N)
+    if o_anchor is not None:
+        tl.store(o_anchor + n, z, mask=n < N)
     tl.store(o_active + n, active.to(tl.int32), mask=n < N)
     if HAS_SOFTCAP:
         tl.store(o_slope + n, slope, mask=n < N)
@@ -196,9 +198,15 @@ def _combine_kernel(
 
 
 def label_logits(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, ignore_index: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(z_y, (dz/du)_y / slope with a softcap, active) of each row; ``_label_logit_kernel``."""
+    """(z_y, (dz/du)_y / slope with a softcap, active) of each row, and z_y in ``anchor``; ``_label_logit_kernel``."""
     n, h = hidden.shape
     softcap = transform.logit_softcap is not None
     pre, post, _ = logit_factors(transform)
@@ -206,7 +214,7 @@ def label_logits(
     bend = torch.empty_like(logit) if softcap else None
     active = labels.new_empty(n, dtype=torch.int32)
     _label_logit_kernel[(triton.cdiv(n, 32),)](
-        hidden, weight, bias, labels, logit, bend, active,
+        hidden, weight, bias, labels, logit, anchor, bend, active,
         n, weight.shape[0], h, hidden.stride(0), weight.stride(0), ignore_index, pre, post,
         BLOCK_N=32, BLOCK_H=256, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap, num_warps=8,
     )  # fmt: skip
@@ -239,7 +247,6 @@ def linear_logprob_fwd(
     pre, post, _ = logit_factors(transform)
     tile = choose_tile(hidden, heavy=softcap)
     bias = None if bias is None else bias.contiguous()
-    rows = torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)
     out = hidden.new_empty(6 if stats else 3, n, dtype=torch.float32)
     result = ForwardOutput(*out[:3], RowStatistics(*out[3:]) if stats else None)
     if n == 0:
@@ -249,12 +256,13 @@ def linear_logprob_fwd(
     partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
     plane = partial.stride(0)
     hopper = hopper_tiles_for(hidden, bias, transform)
-    for part in rows.split(size):
-        chunk, y = readable(hidden.index_select(0, part)), labels.index_select(0, part)
+    rows, ordered, row_tiles = sort_rows(labels, ignore_index, size)
+    for part, y, active_tiles in zip(rows.split(size), ordered.split(size), row_tiles, strict=True):
+        chunk = readable(hidden.index_select(0, part))
         logit, _, active = label_logits(chunk, weight, y, bias, transform, ignore_index)
         count = len(part)
         if hopper:
-            hopper.rest_tiles(chunk, weight, y, active_tiles(active), partial, pre, sms=num_sms(hidden.device))
+            hopper.rest_tiles(chunk, weight, y, active_tiles, partial, pre, sms=num_sms(hidden.device))
         else:
             a, b, *strides = operands(chunk, weight, tile)
             _rest_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](

@@ -178,6 +178,7 @@ def test_table(compiled, capsys):
     kernels = {(record["arch"], record["kernel"]) for record in compiled}
     rows = (
         "_active_tiles_kernel",
+        "_sort_rows_kernel",
         "_label_logit_kernel",
         "_combine_kernel",
         "_reanchor_kernel",
