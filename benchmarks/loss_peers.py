@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from head_case import DTYPES
-from head_peers import default_head_providers, gemm_step
+from head_peers import default_head_providers, gemm_step, our_passes
 from la_tb_case import LossTerms
 from la_tb_peers import la_tb_eager
 from loss_case import LossCase, LossInputs
@@ -62,7 +62,7 @@ OURS = [
     Provider("powerflow_fast one pass", "powerflow_fast", one_pass("auto"), (3,), "auto"),
     Provider("powerflow_fast one pass 512 MiB", "powerflow_fast", one_pass("auto", 2**29), (3,), "auto"),
     Provider("powerflow_fast one pass torch", "powerflow_fast", one_pass("torch"), (3,), "torch"),
-    Provider("powerflow_fast composed", "powerflow_fast", load_composed, (4,), "auto"),
+    Provider("powerflow_fast composed", "powerflow_fast", load_composed, our_passes, "auto"),
 ]
 
 

@@ -90,11 +90,12 @@ _OURS = {
     "powerflow_fast triton": "D",
     "powerflow_fast one pass torch": "D",
     "powerflow_fast composed": "s",
+    "powerflow_fast with entropy": "s",
 }
 
 
 def style(name: str) -> dict[str, object]:
-    if name in _OURS:  # not what a user gets
+    if name in _OURS:  # not what most users get
         look = {"color": "black", "linewidth": 1.4, "linestyle": "--", "marker": _OURS[name], "markersize": 5}
         return look | {"markerfacecolor": "white", "zorder": 4}
     if name.startswith("powerflow_fast"):

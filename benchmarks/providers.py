@@ -28,12 +28,16 @@ class Provider:
     name: str
     distribution: str
     load: Callable[[torch.device], Callable[..., object]]
-    passes: tuple[int, ...] | None = None
+    passes: tuple[int, ...] | Callable[[object, torch.device], tuple[int, ...]] | None = None
+    """or what gives them for a case on a device"""
     backend: str | None = None
     warm_whole: bool = False
     """Warming up on a few rows would compile for the wrong shape."""
     own_memory: bool = True
     """What it takes is seen in this process."""
+
+    def passes_of(self, case: object, device: torch.device) -> tuple[int, ...] | None:
+        return self.passes(case, device) if callable(self.passes) else self.passes
 
     @property
     def kind(self) -> str:

@@ -154,7 +154,7 @@ def identity(provider: Provider, case: Case, device: torch.device) -> dict:
     except importlib.metadata.PackageNotFoundError:
         row["release"] = None
     row["useful_flop"] = case.useful_flop()
-    row["executed_flop"] = case.executed_flop(provider.passes)
+    row["executed_flop"] = case.executed_flop(provider.passes_of(case, device))
     return row
 
 
