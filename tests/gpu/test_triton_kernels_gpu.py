@@ -12,6 +12,7 @@ from test_triton_kernels import DTYPES, IGNORE, OPTIONS, SHAPES, Case, case_of_u
 
 from powerflow_fast import linear_la_tb_loss
 from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
+from powerflow_fast.kernels.reference import linear_logprob_stats_ref
 
 pytestmark = pytest.mark.gpu
 GIB = 2**30
@@ -88,6 +89,33 @@ def test_real_size(dtype):
     for name in ("d_weight", "d_weight kept") if dtype == torch.bfloat16 else ("d_weight",):
         error = (ours[name][columns].double() - exact).abs().amax(1)
         assert (error < 1e-2 * exact.abs().amax(1)).all(), name
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_statistics_of_every_pass(softcap):
+    """At a real vocabulary: sampled rows against fp64, and the other results as without statistics."""
+    case = large_case(700, 50257, 576, ignored=True)
+    case.transform = case.transform._replace(logit_softcap=softcap, temperature=0.9)
+    hidden, weight, labels, bias, transform, ignore = case.arguments()
+    rows = (labels != IGNORE).nonzero()[::40, 0]
+    options = {**transform._asdict(), "bias": bias, "ignore_index": ignore}
+    exact = linear_logprob_stats_ref(hidden[rows].double(), weight.double(), labels[rows], **options)
+    kept = hidden, weight, labels.clamp(min=0), bias, transform
+    for function, arguments in (
+        (linear_logprob_fwd.linear_logprob_fwd, case.arguments()),
+        (linear_logprob_exps.linear_logprob_fwd_d_hidden, case.arguments()),
+        (linear_logprob_exps.linear_logprob_fwd_exps, kept),
+    ):
+        *without, nothing = function(*arguments)
+        *others, stats = function(*arguments, stats=True)
+        assert nothing is None
+        for a, b in zip(without, others, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5 if a.dtype == torch.float32 else 1e-2, atol=1e-5)
+        for name, expected in zip(stats._fields, exact[1:], strict=True):
+            got = getattr(stats, name)[rows].double()
+            torch.testing.assert_close(
+                got, expected, rtol=1e-5, atol=5e-5, msg=f"{function.__name__}, {name}: {{}}".format
+            )
 
 
 def test_offsets_beyond_int32(monkeypatch):
