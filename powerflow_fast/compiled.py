@@ -89,7 +89,7 @@ def linear_logprobs(
     """
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
-    return _scored("linear_logprobs", *arguments, need_stats=False)[0]
+    return scored("linear_logprobs", *arguments, need_stats=False)[0]
 
 
 def linear_logprob_stats(
@@ -108,10 +108,10 @@ def linear_logprob_stats(
     """``powerflow_fast.linear_logprob_stats`` for code that is compiled; as ``linear_logprobs`` here."""
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
-    return LogprobStats(*_scored("linear_logprob_stats", *arguments, need_stats=True))
+    return LogprobStats(*scored("linear_logprob_stats", *arguments, need_stats=True))
 
 
-def _scored(
+def scored(
     op: str,
     hidden: Tensor,
     weight: Tensor,
@@ -131,10 +131,12 @@ def _scored(
     checked = LogitTransform(1.0, 1.0, None) if torch.compiler.is_compiling() else transform
     check_linear_inputs(op, hidden, weight, labels, bias, checked, ignore_index)
     check_cache_bytes(op, cache_bytes)
-    if cache_bytes is None:
+    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (torch.is_grad_enabled() and trains_head):
+        cache_bytes = 0
+    elif cache_bytes is None:
         cache_bytes = usual_cache_bytes(hidden, weight, implementation_for(backend, hidden))
     arguments = (hidden, weight, labels, bias, *transform, ignore_index, backend, need_stats)
-    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and hidden.requires_grad and not trains_head:
         logp, _, stats = _unit(*arguments)
     else:

@@ -282,12 +282,6 @@ def linear_logprobs(
 
     Source: the method's s and r terms, PowerFlow (arXiv 2603.18363); the tiling is ours.
     """
-    if torch.compiler.is_compiling():
-        from .compiled import linear_logprobs as operator  # instead of a graph break; it imports this module
-
-        options = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
-        options |= {"ignore_index": ignore_index, "backend": backend, "cache_bytes": cache_bytes}
-        return operator(hidden, weight, labels, bias=bias, **options)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
     return _scored("linear_logprobs", *arguments, need_stats=False)[0]
@@ -307,6 +301,12 @@ def _scored(
     need_stats: bool,
 ) -> tuple[Tensor, ...]:
     """Log-probs, and the three of `RowStatistics` if they are needed."""
+    if torch.compiler.is_compiling():
+        from .compiled import scored  # instead of a graph break; it imports this module
+
+        return scored(
+            op, hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes, need_stats=need_stats
+        )
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     transform = check_linear_inputs(op, hidden, weight, labels, bias, transform, ignore_index)
     check_cache_bytes(op, cache_bytes)
@@ -416,12 +416,6 @@ def linear_logprob_stats(
         LogprobStats: logp with the gradients of ``linear_logprobs``, the others without; each (N,) fp32, 0 at ignored
         rows.
     """
-    if torch.compiler.is_compiling():
-        from .compiled import linear_logprob_stats as operator
-
-        options = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
-        options |= {"ignore_index": ignore_index, "backend": backend, "cache_bytes": cache_bytes}
-        return operator(hidden, weight, labels, bias=bias, **options)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
     return LogprobStats(*_scored("linear_logprob_stats", *arguments, need_stats=True))

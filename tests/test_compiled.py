@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import powerflow_fast
-from powerflow_fast import compiled
+from powerflow_fast import chunked, compiled
 from powerflow_fast.logprobs import implementation_for
 
 V, H = 37, 16
@@ -199,6 +199,15 @@ def test_compiled_code_runs_each_pass_once(monkeypatch, trainable, expected):
         if trainable:
             logp.sum().backward()
     assert calls == expected
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 10**6])
+def test_nothing_is_kept_without_a_gradient(monkeypatch, cache_bytes):
+    monkeypatch.setattr(chunked, "linear_logprob_fwd_exps", None)
+    inputs = tensors(trainable=("hidden", "weight"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(operator(*inputs, cache_bytes=cache_bytes), eager(*inputs, cache_bytes=cache_bytes))
+    assert operator(*tensors(trainable=("hidden",)), cache_bytes=cache_bytes).requires_grad
 
 
 def test_no_rows_and_no_counted_rows():
