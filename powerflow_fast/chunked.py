@@ -64,9 +64,9 @@ class _Sums(NamedTuple):
 
     others: Tensor
     """S: E over the columns other than the label's"""
-    energy: Tensor | None
+    energy: Tensor | None = None
     """E (z − anchor) over the same columns"""
-    logits: Tensor | None
+    logits: Tensor | None = None
     """z over all columns"""
 
 
@@ -227,7 +227,7 @@ class _Problem:
         return [self.hidden.new_zeros(self.n, dtype=self.dtype) for _ in range(count)]
 
     def zero_sums(self, rows: _Rows, stats: RowStatistics | None) -> _Sums:
-        return _Sums(*(torch.zeros_like(rows.anchor) if i == 0 or stats is not None else None for i in range(3)))
+        return _Sums(*(torch.zeros_like(rows.anchor) for _ in range(1 if stats is None else 3)))
 
     def put_scores(self, rows: _Rows, sums: _Sums, logp_out: Tensor, stats: RowStatistics | None) -> None:
         """log p_y of the rows, and their statistics if there is memory for them.

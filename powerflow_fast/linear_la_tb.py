@@ -18,7 +18,9 @@ from torch import Tensor
 from .dispatch import Backend, check_linear_inputs, require_tensor, values_are_readable
 from .kernels.types import HeadSums, LogitTransform, kept_width
 from .logprobs import (
+    CPU_CACHE_BYTES,
     autocast_inputs,
+    bytes_of_all,
     check_cache_bytes,
     implementation_for,
     kept_rows,
@@ -32,7 +34,7 @@ __all__ = ["linear_la_tb_loss"]
 
 # Rows per chunk that the products need to run at full speed, and bytes that hold as many for vocabularies of today.
 _FEWEST_ROWS = 128
-_CACHE_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+_CACHE_BYTES = {"cpu": CPU_CACHE_BYTES, "cuda": 2**30}
 _WHOLE_BYTES = 2 * 2**30  # of exponentials on a GPU that has 16 times as much, where that makes one chunk of all rows
 
 _NO_LABEL = torch.iinfo(torch.int64).min  # an ignore_index that ignores nothing
@@ -160,14 +162,10 @@ def default_cache_bytes(hidden: Tensor, weight: Tensor, implementation: object) 
     chunks show in the last bits of the gradients, and those are to be the same on every run."""
     device = hidden.device
     usual = _CACHE_BYTES.get(device.type, _CACHE_BYTES["cuda"])
-    if hidden.dtype != torch.bfloat16:
-        return usual
-    # Rows that are one chunk need no sums beside the gradient of the head: as many bytes may hold exponentials.
     most = usual
     if device.type == "cuda":
         most = max(usual, min(_WHOLE_BYTES, torch.cuda.get_device_properties(device).total_memory // 16))
-    whole = hidden.shape[0] * kept_width(weight.shape[0]) * implementation.kept_dtype(hidden).itemsize
-    return max(usual, whole) if whole <= most + 4 * weight.numel() else usual
+    return max(usual, bytes_of_all(hidden, weight, implementation, most))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,19 +80,24 @@ def refuse_second_derivative(op: str, gradient: Tensor | None) -> Tensor | None:
     return _RefuseSecondDerivative.apply(gradient, torch.zeros((), requires_grad=True), op)
 
 
-# Of exponentials on a CPU, beside the 4·V·H bytes of a head's gradient in fp32 that a pass over all rows at once saves.
-_WHOLE_BYTES = 256 * 2**20
+CPU_CACHE_BYTES = 256 * 2**20
+
+
+def bytes_of_all(hidden: Tensor, weight: Tensor, implementation: object, most: int) -> int:
+    """What the exponentials of all rows take, if that is at most ``most`` and the 4·V·H bytes of a bf16 head's gradient
+    in fp32, which a pass over all rows at once saves; else 0."""
+    if hidden.dtype != torch.bfloat16:
+        return 0
+    whole = hidden.shape[0] * kept_width(weight.shape[0]) * implementation.kept_dtype(hidden).itemsize
+    return whole if whole <= most + 4 * weight.numel() else 0
 
 
 def usual_cache_bytes(hidden: Tensor, weight: Tensor, implementation: object) -> int:
     """As `linear_logprobs` says of ``cache_bytes``; 0 in compiled code, whose sizes would depend on the labels."""
     on_cpu = hidden.device.type == "cpu" and implementation is torch_backend
-    if not on_cpu or torch.compiler.is_compiling() or hidden.dtype != torch.bfloat16:
+    if not on_cpu or torch.compiler.is_compiling() or implementation.kept_dtype(hidden) != hidden.dtype:
         return 0
-    if implementation.kept_dtype(hidden) != hidden.dtype:
-        return 0
-    whole = hidden.shape[0] * kept_width(weight.shape[0]) * hidden.itemsize
-    return whole if whole <= _WHOLE_BYTES + 4 * weight.numel() else 0
+    return bytes_of_all(hidden, weight, implementation, CPU_CACHE_BYTES)
 
 
 def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor, implementation: object) -> int:

@@ -389,9 +389,9 @@ def test_what_is_kept_by_itself(monkeypatch):
     monkeypatch.setattr(logprobs, "torch_backend", native)
     assert usual(hidden, weight, native) == 100 * 1008 * 2
     assert usual(hidden.float(), weight.float(), native) == usual(hidden.half(), weight.half(), native) == 0
-    monkeypatch.setattr(logprobs, "_WHOLE_BYTES", 100 * 1008 * 2 - 4 * 8000)
+    monkeypatch.setattr(logprobs, "CPU_CACHE_BYTES", 100 * 1008 * 2 - 4 * 8000)
     assert usual(hidden, weight, native) == 100 * 1008 * 2
-    monkeypatch.setattr(logprobs, "_WHOLE_BYTES", 100 * 1008 * 2 - 4 * 8000 - 1)
+    monkeypatch.setattr(logprobs, "CPU_CACHE_BYTES", 100 * 1008 * 2 - 4 * 8000 - 1)
     assert usual(hidden, weight, native) == 0
     emulated = types.SimpleNamespace(kept_dtype=lambda hidden: torch.float32)
     monkeypatch.setattr(logprobs, "torch_backend", emulated)
