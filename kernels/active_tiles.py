@@ -42,7 +42,7 @@ def _sort_rows_kernel(
         others += BLOCK - found
 
 
-def sort_rows(labels: Tensor, ignore_index: int, size: int, tile_n: int = 128) -> tuple[Tensor, Tensor, list[Tensor]]:
+def sort_rows(labels: Tensor, ignore_index: int, size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(numbers of the rows, those that count first, (N,) int64; their labels; `active_tiles` of each ``size`` of them),
     in one launch. No host sync."""
     n = labels.shape[0]
@@ -50,10 +50,10 @@ def sort_rows(labels: Tensor, ignore_index: int, size: int, tile_n: int = 128) -
     labels = labels.contiguous()
     rows, ordered = torch.empty_like(labels), torch.empty_like(labels)
     # each list starts at a multiple of 16 bytes: the compiler makes a kernel of its own for those that don't
-    tiles = labels.new_empty(chunks, triton.cdiv(1 + triton.cdiv(size, tile_n), 4) * 4, dtype=torch.int32)
+    tiles = labels.new_empty(chunks, triton.cdiv(1 + triton.cdiv(size, 128), 4) * 4, dtype=torch.int32)
     _sort_rows_kernel[(1,)](
         labels, rows, ordered, tiles, n, size, chunks, tiles.stride(0), ignore_index,
-        BLOCK=2048, BLOCK_N=tile_n, BLOCKS=64, num_warps=8,
+        BLOCK=2048, BLOCK_N=128, BLOCKS=64, num_warps=8,
     )  # fmt: skip
     return rows, ordered, list(tiles)
 

@@ -53,6 +53,15 @@ HEADROOM = 14 * math.log(2.0)
 
 
 @triton.jit
+def _rows_of_tile(p_label, p_active, row, col, N, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile's rows, and `rows_with_labels` of them."""
+    n = row + tl.arange(0, BLOCK_N)
+    active = tl.load(p_active + n, mask=n < N, other=0) != 0
+    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
+    return n, rows_with_labels(active, label, col, BLOCK_V)
+
+
+@triton.jit
 def _exp_tile(
     hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial, row, col, n, rows,
     N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,
@@ -113,10 +122,7 @@ def _exp_tile_kernel(
 ):  # fmt: skip
     """`_exp_tile`, one a program. 2NVH FLOP; writes NV elements. A tile with no active row returns at once."""
     row, col = tile_origin(N, V, BLOCK_N, BLOCK_V, GROUP)
-    n = row + tl.arange(0, BLOCK_N)
-    active = tl.load(p_active + n, mask=n < N, other=0) != 0
-    label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
-    rows = rows_with_labels(active, label, col, BLOCK_V)
+    n, rows = _rows_of_tile(p_label, p_active, row, col, N, BLOCK_N, BLOCK_V)
     if rows == 0:
         return
     _exp_tile(
@@ -140,10 +146,7 @@ def _exp_tiles_again_kernel(
     for i in tl.range(tl.program_id(0), count * blocks_v, tl.num_programs(0), disable_licm=True):
         place, j = tile_place(i, count, blocks_v, GROUP)
         row, col = tl.load(p_tiles + 1 + place) * BLOCK_N, j * BLOCK_V
-        n = row + tl.arange(0, BLOCK_N)
-        active = tl.load(p_active + n, mask=n < N, other=0) != 0
-        label = tl.load(p_label + n, mask=n < N, other=-1).to(tl.int32)
-        rows = rows_with_labels(active, label, col, BLOCK_V)
+        n, rows = _rows_of_tile(p_label, p_active, row, col, N, BLOCK_N, BLOCK_V)
         _exp_tile(
             hidden, weight, p_bias, p_label, p_active, p_anchor, o_exp, o_partial, row, col, n, rows,
             N, V, H, plane, stride_h, stride_w, stride_exp, pre, post,

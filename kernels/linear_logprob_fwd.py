@@ -256,13 +256,13 @@ def linear_logprob_fwd(
     partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
     plane = partial.stride(0)
     hopper = hopper_tiles_for(hidden, bias, transform)
-    rows, ordered, row_tiles = sort_rows(labels, ignore_index, size)
-    for part, y, active_tiles in zip(rows.split(size), ordered.split(size), row_tiles, strict=True):
+    rows, ordered, tiles_of_rows = sort_rows(labels, ignore_index, size)
+    for part, y, row_tiles in zip(rows.split(size), ordered.split(size), tiles_of_rows, strict=True):
         chunk = readable(hidden.index_select(0, part))
         logit, _, active = label_logits(chunk, weight, y, bias, transform, ignore_index)
         count = len(part)
         if hopper:
-            hopper.rest_tiles(chunk, weight, y, active_tiles, partial, pre, sms=num_sms(hidden.device))
+            hopper.rest_tiles(chunk, weight, y, row_tiles, partial, pre, sms=num_sms(hidden.device))
         else:
             a, b, *strides = operands(chunk, weight, tile)
             _rest_tile_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
