@@ -19,8 +19,8 @@ TRITON_2.14.1 := 3.8.0
 WHEEL := build/for-all-torches
 # triton 3.6's interpreter converts arrays of one element to numbers, which newer versions of numpy refuse
 WITH_TORCH := 'numpy<2.4' 'peft>=0.18' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6' scipy
-OP_TESTS := chunk_plans compile_gate compiled hopper_tiles la_tb_op linear_la_tb logprobs objective_identities objectives \
-  partition patching products scale trajectories trajectory_balance triton_interpreter triton_kernels update
+OP_TESTS := active_tiles chunk_plans compile_gate compiled hopper_tiles la_tb_op linear_la_tb logprob_stats logprobs \
+  objective_identities objectives partition patching products scale trajectories trajectory_balance triton_interpreter triton_kernels update
 
 # The verl that the plugin was written for. It wants an older transformers: it gets an environment of its own.
 VERL := 0.9.1
@@ -96,6 +96,7 @@ $(WHEEL)/.built: pyproject.toml setup.py $(wildcard csrc/* kernels/* powerflow_f
 	@echo "Installing powerflow_fast with torch $*"
 	@.venv-torch-$*/bin/python -m pip install --disable-pip-version-check --quiet --constraint tests/constraints.txt \
 	  'torch==$*' 'triton==$(TRITON_$*)' $(WITH_TORCH) $(WHEEL)/*.whl
+	@# the version of the wheel is the same as before, what is in it may not be
 	@.venv-torch-$*/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall $(WHEEL)/*.whl
 	@touch $@
 .PRECIOUS: .venv-torch-%/.torch .venv-torch-%/.installed

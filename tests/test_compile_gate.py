@@ -145,6 +145,13 @@ def compile_all(arch: int) -> list[dict]:
     return compile_launches(arch, {name: (lambda x=x: use(x[0], **x[1]),) for name, x in variants.items()})
 
 
+def triton_is_new() -> bool:
+    """A release whose machine code may be a little worse: this project's own was tuned with 3.6 and 3.7."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Records of all architectures, each compiled in its own process with its own empty cache."""
@@ -190,9 +197,7 @@ def test_table(compiled, capsys):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_spills(compiled, arch):
-    import triton
-
-    newest = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+    newest = triton_is_new()
     for record in compiled:
         if record["arch"] == arch:
             # Tiles that are made again are rare: 3.6 keeps two of their registers in memory where bias, softcap and
@@ -239,7 +244,8 @@ def test_hopper_reduces_a_tile_in_few_instructions(compiled):
     for record in product_kernels(compiled, 90, half=True):
         capped = has_softcap(record)
         logits = 128 * (128 if capped else 256) // (8 * 32)  # of a thread
-        assert 0 <= record["EX2"] - (2 if capped else 1) * logits <= 2, record  # two are taken again
+        again = 2 if triton_is_new() else 0  # exponentials that are taken once more
+        assert 0 <= record["EX2"] - (2 if capped else 1) * logits <= again, record
         assert record["other MUFU"] <= (logits if capped else 0) + 2, record  # a reciprocal for tanh; two row factors
         if record["variant"] in ("bf16", "fp16", "bf16 odd V"):
             assert record["epilogue"] <= EPILOGUE[record["kernel"]], record

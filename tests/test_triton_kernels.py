@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
-from powerflow_fast.kernels.active_tiles import active_tiles, sort_rows
 from powerflow_fast.kernels.launch import Tile
 from powerflow_fast.kernels.reference import linear_logprob_stats_ref, linear_logprobs_ref
 from powerflow_fast.kernels.types import ForwardOutput, HeadSums, LogitTransform
@@ -271,14 +270,6 @@ def test_only_row_tiles_with_a_row_to_write_anew_are_made_twice(monkeypatch, sof
     case.check(check_accuracy)
 
 
-def test_active_tiles_are_listed_in_order():
-    active = torch.zeros(70 * 128 - 5, dtype=torch.int32)
-    assert int(active_tiles(active)[0]) == 0
-    active[[3, 7, 128, 64 * 128 + 127, len(active) - 1]] = 1
-    assert active_tiles(active)[:5].tolist() == [4, 0, 1, 64, 69]
-    assert active_tiles(active, 64)[:5].tolist() == [4, 0, 2, 129, 139]
-
-
 def test_a_zero_upstream_gradient_costs_no_tile(monkeypatch):
     case = make_case(n=128, ignored=False, bias=True)
     case.d_logp[:64] = 0.0
@@ -500,19 +491,3 @@ def test_reference_is_what_the_kernels_are_held_to():
         case.hidden, case.weight, case.labels, bias=case.bias, ignore_index=IGNORE, **case.transform._asdict()
     )
     torch.testing.assert_close(ours[keep], wanted)
-
-
-@pytest.mark.parametrize("n", [1, 5, 2048, 5000])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_rows_are_sorted_by_whether_they_count(n, share):
-    generator = torch.Generator().manual_seed(n)
-    labels = torch.randint(0, 9, (2 * n,), generator=generator)[::2]  # not contiguous
-    labels[torch.rand(n, generator=generator) < share] = IGNORE
-    rows, ordered, lists = sort_rows(labels, IGNORE, 640)
-    assert torch.equal(rows, torch.argsort((labels == IGNORE).to(torch.uint8), stable=True))
-    assert torch.equal(ordered, labels[rows])
-    parts = (ordered != IGNORE).to(torch.int32).split(640)
-    assert len(lists) == len(parts)
-    for found, part in zip(lists, parts, strict=True):
-        expected = active_tiles(part)[: 1 + int(active_tiles(part)[0])]
-        assert torch.equal(found[: len(expected)], expected) and found.data_ptr() % 16 == 0
