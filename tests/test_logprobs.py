@@ -323,6 +323,19 @@ def test_no_wasted_work(monkeypatch):
         assert [name for name, _ in calls] == [f"linear_logprob_{name}" for name in expected]
 
 
+@pytest.mark.parametrize(("dtype", "rows", "expected"), [("bf16", 9, False), ("bf16", 99, True), ("fp32", 99, False)])
+def test_passes_that_add_up_do_so_in_fp32(monkeypatch, dtype, rows, expected):
+    """One product of all rows rounds once by itself."""
+    case = make_case({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    found, like = [], logprobs.HeadSums.like
+    spy = types.SimpleNamespace(
+        like=lambda *args, own_dtype: found.append(own_dtype) or like(*args, own_dtype=own_dtype)
+    )
+    monkeypatch.setattr(logprobs, "HeadSums", spy)
+    case.run(linear_logprobs, None, cache_bytes=rows * 144 * products_for(case.hidden).operand_dtype.itemsize)
+    assert found == [expected]
+
+
 def test_what_is_kept_by_itself(monkeypatch):
     """bf16 on a CPU that multiplies it: all rows or none, by the bytes that they take and those that they save."""
     usual = logprobs.usual_cache_bytes
