@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 
 def _mount_kernels() -> None:
     """Make ``powerflow_fast.kernels`` importable from a checkout, where the Triton sources lie in ``../kernels``.
@@ -40,6 +38,7 @@ from .partition import LogZHead, group_log_z  # noqa: E402
 from .patching import patch_causal_lm  # noqa: E402
 from .products import compiled_products_run  # noqa: E402
 from .trajectories import ObjectiveOutput, Trajectories  # noqa: E402
+from .version import __version__ as __version__  # noqa: E402
 
 compiled_products_run()  # It asks by running one, which the fake tensors of a compiler that traces us could not.
 

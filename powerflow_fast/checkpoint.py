@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import __version__
 from .errors import CheckpointError, OutputDirError
 from .sharding import laid_out_as
+from .version import __version__
 
 __all__ = [
     "Checkpoint",

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from . import __version__
 from .config import RENAMED, PowerFlowConfig, parse_value, read_yaml, suggest
 from .errors import ConfigError, PowerFlowError
 from .eval_cli import add_commands
 from .rewards import FORMATS, resolve_format
+from .version import __version__
 
 __all__ = ["main"]
 
@@ -173,7 +173,7 @@ def _info(arguments: argparse.Namespace) -> int:
     import torch
 
     from ._extension import extension_status
-    from .products import compiled_products_run
+    from .products import bf16_is_fast, compiled_products_run
 
     print(f"powerflow_fast  {__version__}")
     print(f"python          {platform.python_version()} on {platform.platform()}")
@@ -189,8 +189,7 @@ def _info(arguments: argparse.Namespace) -> int:
         print(f"cuda:{k:<10} {device.name}, {memory}, compute capability {device.major}.{device.minor}")
     if not torch.cuda.is_available():
         print("cuda            no device" + ("" if torch.version.cuda else " (torch is built without CUDA)"))
-    config = PowerFlowConfig()
-    fast = [d for d in ("cuda", "cpu") if config.resolve_bf16(d)]
+    fast = [d for d in ("cuda", "cpu") if bf16_is_fast(d)]
     print(f"fast bfloat16   {', '.join(fast) or 'no'}")
     status = extension_status()
     print(f"extension       {'loaded' if status.available else 'missing'}: {status.reason}")

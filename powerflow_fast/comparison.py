@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__, comparison_data
+from . import comparison_data
 from .comparison_data import Page, Run
 from .comparison_figures import draw_pictures
 from .comparison_html import render_html
@@ -18,6 +18,7 @@ from .estimates import Measure
 from .evaluation import Evaluation
 from .evaluation_files import COMPLETIONS, RESULT, read_result
 from .report import read_history
+from .version import __version__
 
 __all__ = ["Comparison", "write_comparison"]
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_type_hints
 from .errors import ConfigError
 from .field_types import RENAMED, alpha_request, checked, config_error, matches, suggest
 
-__all__ = ["PowerFlowConfig", "parse_value", "read_yaml", "suggest"]
+__all__ = ["PowerFlowConfig", "load_config", "parse_value", "read_yaml", "suggest"]
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "all", "none")
 
@@ -358,21 +358,7 @@ class PowerFlowConfig:
         rollouts = math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_generation(world_size))
         return rollouts * self.updates_per_generation
 
-    def resolve_bf16(self, device_type: str) -> bool:
-        """Whether to autocast to bfloat16 on ``device_type`` (``"cuda"``, ``"cpu"``, ...)."""
-        if self.bf16 != "auto":
-            return self.bf16
-        import torch
-
-        if device_type == "cuda":
-            return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        if device_type == "cpu":
-            from .products import cpu_multiplies_bf16
-
-            return cpu_multiplies_bf16()
-        return False
-
-    # Dicts, files, resume
+    # Dicts, resume
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PowerFlowConfig:
@@ -381,15 +367,6 @@ class PowerFlowConfig:
             if message := _unknown(name):
                 raise config_error(message)
         return cls(**values)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> PowerFlowConfig:
-        """The config in a YAML file of ``field: value`` lines; errors name the file and, where known, the line."""
-        values = read_yaml(path)
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
 
     def merge(self, **overrides: Any) -> PowerFlowConfig:
         """A copy with ``overrides``, checked like :meth:`from_dict`."""
@@ -462,6 +439,15 @@ def read_yaml(path: str | Path, *, also: Iterable[str] = ()) -> dict[str, Any]:
         if key.value not in also and (message := _unknown(key.value)):
             raise ConfigError(f"{where}: {message}")
     return {name: parse_value(name, value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def load_config(path: str | Path) -> PowerFlowConfig:
+    """The config in a YAML file of ``field: value`` lines; errors name the file and, where known, the line."""
+    values = read_yaml(path)
+    try:
+        return PowerFlowConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def parse_value(name: str, text: str) -> Any:

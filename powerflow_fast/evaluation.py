@@ -18,7 +18,6 @@ import numpy
 import torch
 from torch import nn
 
-from . import __version__
 from .checkpoint import get_rng_state, git_commit, set_rng_state
 from .completion_scores import check_vocabulary, fill_likelihoods, fill_scores, resolve_base
 from .data import PromptRow, encode_prompt
@@ -53,6 +52,7 @@ from .sampler_base import ModelSampler
 from .samplers import Sampler, resolve_sampler
 from .samples import runs
 from .scorers import Scorer, check_columns
+from .version import __version__
 
 __all__ = ["MEASURE_GROUPS", "Evaluation", "during_training", "evaluate"]
 

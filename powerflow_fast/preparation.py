@@ -19,6 +19,7 @@ from .group_rewards import REWARDS, RewardSum, resolve_reward
 from .heads import is_peft, unwrap_peft
 from .models import BaseScorer, CausalLMScorer, add_lora, disable_dropout, max_positions
 from .objective_registry import Objective, resolve_objective
+from .products import bf16_is_fast
 from .rollout import seeded
 from .self_check import check_packing
 from .trajectories import ObjectiveFunction
@@ -179,9 +180,10 @@ def make_accelerator(config: PowerFlowConfig) -> Any:
     # Without being told so, accelerate takes the processes of a torchrun on CPUs for one process each.
     cpu = not torch.accelerator.is_available()
     device_type = PartialState(cpu=cpu).device.type
+    bf16 = bf16_is_fast(device_type) if config.bf16 == "auto" else config.bf16
     return Accelerator(
         cpu=cpu,
-        mixed_precision="bf16" if config.resolve_bf16(device_type) else "no",
+        mixed_precision="bf16" if bf16 else "no",
         log_with=config.trackers or None,
         project_dir=config.output_dir,
     )

@@ -27,6 +27,13 @@ def cpu_multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
+def bf16_is_fast(device_type: str) -> bool:
+    """Whether ``device_type`` (``"cuda"``, ``"cpu"``, ...) multiplies bf16 in hardware: what autocast is chosen by."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type == "cpu" and cpu_multiplies_bf16()
+
+
 @functools.cache
 def compiled_products_run() -> bool:
     """Whether the extension's products run here. They need AVX-512 and a libtorch that holds oneDNN's block product,

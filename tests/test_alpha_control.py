@@ -16,7 +16,7 @@ from tiny import one_thread  # noqa: F401
 import powerflow_fast
 from powerflow_fast import PowerFlowConfig, la_tb_loss, training_run
 from powerflow_fast.alpha_control import HIGH, Alpha
-from powerflow_fast.config import parse_value, read_yaml
+from powerflow_fast.config import load_config, parse_value, read_yaml
 from powerflow_fast.errors import ConfigError
 from powerflow_fast.field_types import AlphaRequest
 from powerflow_fast.log_z_table import LogZTable
@@ -36,7 +36,7 @@ ALONE = SimpleNamespace(reduce=lambda values, reduction: values)
 def test_requests_are_read_from_python_yaml_and_the_command_line(text, tmp_path):
     (tmp_path / "c.yaml").write_text(f"alpha: {text}\n")
     assert PowerFlowConfig(alpha=text).require_alpha() == text == parse_value("alpha", text)
-    assert PowerFlowConfig.from_yaml(tmp_path / "c.yaml").alpha == text
+    assert load_config(tmp_path / "c.yaml").alpha == text
     (tmp_path / "c.yaml").write_text("alpha: 4\n")
     assert read_yaml(tmp_path / "c.yaml") == {"alpha": 4} and parse_value("alpha", "2.5") == 2.5
     with pytest.raises(ConfigError, match=r"alpha must be a number here, got 'auto:"):

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from powerflow_fast.config import _CLOSED_SCHEDULES, _OPEN_SCHEDULES, PowerFlowConfig, parse_value, read_yaml
+from powerflow_fast.config import (
+    _CLOSED_SCHEDULES,
+    _OPEN_SCHEDULES,
+    PowerFlowConfig,
+    load_config,
+    parse_value,
+    read_yaml,
+)
 from powerflow_fast.errors import ConfigError
 
 
@@ -126,21 +133,6 @@ def test_trackers():
     assert PowerFlowConfig(report_to=["trackio"]).trackers == ["trackio"]
 
 
-def test_resolve_bf16(monkeypatch):
-    assert PowerFlowConfig(bf16=True).resolve_bf16("cpu") is True
-    assert PowerFlowConfig(bf16=False).resolve_bf16("cuda") is False
-    auto = PowerFlowConfig()
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert auto.resolve_bf16("cpu") is False
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert auto.resolve_bf16("cpu") is True
-    assert auto.resolve_bf16("mps") is False
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert auto.resolve_bf16("cuda") is False
-
-
 def test_dict_round_trip_and_merge():
     config = PowerFlowConfig(alpha=2, importance_clip=(0.5, 1.5), report_to=["wandb"], steps_per_generation=4)
     again = PowerFlowConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -183,12 +175,12 @@ def test_yaml(tmp_path):
     path.write_text(
         "alpha: 4\nlearning_rate: 1e-5\nimportance_clip: [0.9, 1.1]\nrun_name: '12'\nbf16: auto\nmax_steps: 3\n"
     )
-    config = PowerFlowConfig.from_yaml(path)
+    config = load_config(path)
     assert config == PowerFlowConfig(
         alpha=4, learning_rate=1e-5, importance_clip=(0.9, 1.1), run_name="12", bf16="auto", max_steps=3
     )
     path.write_text("")
-    assert PowerFlowConfig.from_yaml(path) == PowerFlowConfig()
+    assert load_config(path) == PowerFlowConfig()
 
 
 @pytest.mark.parametrize(
@@ -206,12 +198,12 @@ def test_bad_yaml_names_file_and_line(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        PowerFlowConfig.from_yaml(path)
+        load_config(path)
 
 
 def test_missing_yaml_and_extra_keys(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the config file: No such file"):
-        PowerFlowConfig.from_yaml(tmp_path / "none.yaml")
+        load_config(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_text("model: m\nalpha: 2\n")
     assert read_yaml(tmp_path / "a.yaml", also=["model"]) == {"model": "m", "alpha": 2}
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from powerflow_fast import products
-from powerflow_fast.products import CompiledProducts, CpuBf16Products, Products, products_for
+from powerflow_fast.config import PowerFlowConfig
+from powerflow_fast.preparation import make_accelerator
+from powerflow_fast.products import CompiledProducts, CpuBf16Products, Products, bf16_is_fast, products_for
 
 NATIVE_BF16 = products.cpu_multiplies_bf16()
 compiled = pytest.mark.skipif(not products.compiled_products_run(), reason="the compiled products need AVX-512")
@@ -219,3 +221,22 @@ print(traced, type(products_for(torch.zeros(1))).__name__)
 def test_a_direct_call_cannot_read_outside_of_its_tensors(op, arguments, message):
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.powerflow_fast, op)(*arguments(torch.zeros))
+
+
+def test_devices_that_multiply_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert bf16_is_fast("cpu") is False
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert bf16_is_fast("cpu") is True
+    assert bf16_is_fast("mps") is False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert bf16_is_fast("cuda") is False
+
+
+@pytest.mark.parametrize(("bf16", "precision"), [(True, "bf16"), (False, "no"), ("auto", "bf16")])
+def test_autocast_is_what_the_config_says_or_what_is_fast(monkeypatch, tmp_path, bf16, precision):
+    monkeypatch.setattr("powerflow_fast.preparation.bf16_is_fast", lambda device_type: device_type == "cpu")
+    config = PowerFlowConfig(bf16=bf16, output_dir=str(tmp_path))
+    assert make_accelerator(config).mixed_precision == precision
