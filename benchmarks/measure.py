@@ -59,7 +59,12 @@ SOURCES = {
     ("linear_la_tb_loss", "torch"): _HEAD_TORCH + _LOSS + ("package/linear_la_tb.py",),
     ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS + ("package/linear_la_tb.py", "kernels/scale.py"),
     ("la_tb_loss", "compiled"): _LOSS,
-    ("rollout", "torch"): ("package/rollout.py", "package/rollout_continuous.py", "package/rollout_vllm.py"),
+    ("rollout", "torch"): (
+        "package/rollout.py",
+        "package/rollout_continuous.py",
+        "package/rollout_vllm.py",
+        "package/tools/random_state.py:seeded",
+    ),
     ("update", "torch"): _HEAD_TORCH + _LOSS + _UPDATE,
     ("update", "triton"): _HEAD_TRITON + _LOSS + _UPDATE + ("package/varlen.py",),
 }

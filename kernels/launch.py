@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from powerflow_fast.kernels.types import LogitTransform
+from .types import LogitTransform
 
 SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a gradient needs at a time
 # Whether sm_90 runs the kernels of hopper_tiles where those can stand in for the Triton tile kernels: right on an H200,

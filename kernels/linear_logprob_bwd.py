@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from powerflow_fast.kernels.active_tiles import active_tiles
-from powerflow_fast.kernels.launch import (
+from .active_tiles import active_tiles
+from .launch import (
     LOG2_E,
     WITH_LABEL,
     add_matmul_fp32_,
@@ -32,7 +32,7 @@ from powerflow_fast.kernels.launch import (
     rows_with_labels,
     tile_origin,
 )
-from powerflow_fast.kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
+from .types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
 
 
 @triton.jit(do_not_specialize=["N", "first"])

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from powerflow_fast.kernels.active_tiles import active_tiles, sort_rows
-from powerflow_fast.kernels.launch import (
+from .active_tiles import active_tiles, sort_rows
+from .launch import (
     LN_2,
     LOG2_E,
     NO_LOGIT,
@@ -37,8 +37,8 @@ from powerflow_fast.kernels.launch import (
     tile_origin,
     tile_place,
 )
-from powerflow_fast.kernels.linear_logprob_fwd import label_logits, store_statistics
-from powerflow_fast.kernels.types import HiddenGradient, LogitTransform, RowExponentials, RowStatistics, kept_width
+from .linear_logprob_fwd import label_logits, store_statistics
+from .types import HiddenGradient, LogitTransform, RowExponentials, RowStatistics, kept_width
 
 # The range in which a row's sum of exp(z - z_y) must lie when its exponentials are stored in a dtype; outside of it the
 # row is written anew around its maximum. float16 ends at 65504 above and 6e-8 below, where a confident token's

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from powerflow_fast.kernels.active_tiles import sort_rows
-from powerflow_fast.kernels.launch import (
+from .active_tiles import sort_rows
+from .launch import (
     LN_2,
     LOG2_E,
     NO_LOGIT,
@@ -36,7 +36,7 @@ from powerflow_fast.kernels.launch import (
     softcapped,
     tile_origin,
 )
-from powerflow_fast.kernels.types import ForwardOutput, LogitTransform, RowStatistics
+from .types import ForwardOutput, LogitTransform, RowStatistics
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -43,8 +43,10 @@ from .version import __version__ as __version__  # noqa: E402
 compiled_products_run()  # It asks by running one, which the fake tensors of a compiler that traces us could not.
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluation, evaluate
-    from .trainer import StepReport, TrainResult, train
+    from .evaluation import evaluate
+    from .evaluation_result import Evaluation
+    from .results import StepReport, TrainResult
+    from .trainer import train
 
 __all__ = [
     "Evaluation",

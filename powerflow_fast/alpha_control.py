@@ -25,8 +25,8 @@ from torch import Tensor
 from .config import PowerFlowConfig
 from .errors import ConfigError
 from .field_types import AlphaRequest, alpha_request
+from .logprobs import segment_sum
 from .objective_registry import Objective
-from .packing import segment_sum
 from .samples import Samples
 
 __all__ = ["Alpha", "make_alpha"]

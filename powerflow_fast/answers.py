@@ -12,8 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .config import suggest
-from .errors import ConfigError
+from .errors import ConfigError, suggest
 
 __all__ = [
     "EQUIVALENCES",

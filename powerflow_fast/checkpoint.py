@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,23 +25,9 @@ from torch import Tensor
 
 from .errors import CheckpointError, OutputDirError
 from .sharding import laid_out_as
+from .tools.files import disk_full
+from .tools.provenance import git_commit
 from .version import __version__
-
-__all__ = [
-    "Checkpoint",
-    "checkpoint_step",
-    "disk_full",
-    "get_rng_state",
-    "git_commit",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "optimizer_from_tensors",
-    "optimizer_to_tensors",
-    "prepare_output_dir",
-    "rotate",
-    "save_checkpoint",
-    "set_rng_state",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +36,8 @@ _MANIFEST = "manifest.json"
 # What a run writes into its folder, besides run.json.
 _OURS = ("model", "adapter", "checkpoint-*", "history.*", "samples*", "completions.jsonl", "log_z_head.safetensors")
 _STATE = "state.json"
-_FULL = {
-    errno.ENOSPC: "no space left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "the limit on the size of a file is reached",
-}
+
+
 # "checkpoint-7.old" exists only between the two renames that replace an existing checkpoint-7.
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 
@@ -112,26 +94,6 @@ def save_checkpoint(path: str | Path, *, tensors: Mapping[str, Mapping[str, Tens
             "save_total_limit"
         ) from error
     return path
-
-
-def disk_full(error: Exception, folder: Path) -> str | None:
-    """Which disk is full and what it has left, where that is what ``error`` says; None for another error.
-
-    A quota and a limit on the size of a file count as well. safetensors reports an I/O error as text.
-    """
-    number = getattr(error, "errno", None)
-    if number is None and (match := re.search(r"os error (\d+)", str(error))):
-        number = int(match[1])
-    if number not in _FULL:
-        return None
-    disk = folder.resolve()
-    while not disk.is_mount():
-        disk = disk.parent
-    usage = shutil.disk_usage(folder)
-    return (
-        f"{_FULL[number]} on the disk that holds {folder.resolve()} (mounted at {disk}, {usage.total / 2**20:.1f} MiB)"
-        f": {usage.free} bytes ({usage.free / 2**20:.1f} MiB) free"
-    )
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -252,20 +214,6 @@ def optimizer_from_tensors(
         for p in group["params"]:
             if names[id(p)] in meta["state"]:
                 optimizer.state[p] = decode(meta["state"][names[id(p)]], p)
-
-
-def get_rng_state() -> dict[str, Tensor]:
-    """States of torch's CPU generator and of every CUDA device's, as uint8 tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), **{f"cuda.{i}": s for i, s in enumerate(cuda)}}
-
-
-def set_rng_state(states: Mapping[str, Tensor]) -> None:
-    """Restore :func:`get_rng_state`; states of CUDA devices that are not here are skipped."""
-    torch.set_rng_state(states["cpu"])
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda.{i}" in states:
-            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
 
 
 def prepare_output_dir(path: str | Path, *, run_record: Mapping[str, Any], resume: bool) -> Path:
@@ -398,15 +346,3 @@ def _sha256(path: Path) -> str:
 
 def _sizes(groups: list[list[str]]) -> str:
     return f"{len(groups)} group(s) of {[len(g) for g in groups]} parameters"
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from (with ``-dirty``), or None for an installed one."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .config import RENAMED, PowerFlowConfig, parse_value, read_yaml, suggest
-from .errors import ConfigError, PowerFlowError
+from .config import PowerFlowConfig, parse_value, read_yaml
+from .errors import ConfigError, PowerFlowError, suggest
 from .eval_cli import add_commands
+from .field_types import RENAMED
 from .rewards import FORMATS, resolve_format
 from .version import __version__
 

@@ -14,12 +14,12 @@ from .data import PromptDataset, prompt_indices
 from .errors import RolloutError
 from .group_rewards import RewardInputs, RewardSum
 from .logprobs import LogprobStats
-from .preparation import seed_of
 from .replay import ReplayBatch, ReplayBuffer
 from .rewards import FormatFn, format_penalties
 from .rollout import Rollout, RolloutEngine
 from .samples import Samples
 from .sharding import gathered
+from .tools.random_state import seed_of
 from .update import Policy, Updater
 
 __all__ = ["Collected", "Collector"]

@@ -15,9 +15,9 @@ from .comparison_html import render_html
 from .comparison_markdown import render_markdown
 from .errors import DataError, OutputDirError
 from .estimates import Measure
-from .evaluation import Evaluation
 from .evaluation_files import COMPLETIONS, RESULT, read_result
-from .report import read_history
+from .evaluation_result import Evaluation
+from .tools.json_lines import read_history
 from .version import __version__
 
 __all__ = ["Comparison", "write_comparison"]

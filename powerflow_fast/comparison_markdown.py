@@ -9,7 +9,7 @@ from pathlib import Path
 from .comparison_data import Cell, MeasureRow, Page, interval, number, settings_table, visible
 from .comparison_figures import Picture
 from .comparison_html import about, facts
-from .report import escaped
+from .tools.tables import escaped
 
 __all__ = ["render_markdown"]
 

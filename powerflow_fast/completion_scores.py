@@ -16,6 +16,7 @@ from .data import PromptRow, encode_prompt
 from .errors import ConfigError, ModelError, ScorerError
 from .evaluation_files import CompletionStore, weights_digest
 from .heads import evaluating, is_peft
+from .logprobs import segment_sum
 from .models import (
     BaseScorer,
     CausalLMScorer,
@@ -25,7 +26,7 @@ from .models import (
     pad_token_id,
     weights_fingerprint,
 )
-from .packing import PaddedBatch, pad_batch, segment_sum
+from .packing import PaddedBatch, pad_batch
 from .samples import runs
 from .scorers import NamedScorer
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from .errors import ConfigError
-from .field_types import RENAMED, alpha_request, checked, config_error, matches, suggest
+from .errors import ConfigError, suggest
+from .field_types import RENAMED, alpha_request, checked, config_error, matches
 
 __all__ = ["PowerFlowConfig", "load_config", "parse_value", "read_yaml", "suggest"]
 

@@ -24,11 +24,12 @@ from .data import PromptRow, encode_prompt
 from .demo_prompts import DemoPrompt, demo_prompts, reasoning_score
 from .diversity import distinct_n
 from .estimates import Change, paired_change
+from .logprobs import segment_sum
 from .models import CausalLMScorer, load_model
-from .packing import segment_sum
-from .report import Sample, format_samples, format_table, write_samples
+from .report import Sample, format_samples, write_samples
 from .rollout import HFGenerateEngine
 from .smollm2 import smollm2_model
+from .tools.tables import format_table
 
 __all__ = ["Drawn", "demo_config", "draw", "main", "per_prompt", "run_demo", "verdict"]
 

@@ -13,16 +13,7 @@ from typing import Any
 import numpy
 
 from .errors import ConfigError
-
-__all__ = [
-    "Encoder",
-    "distinct_n",
-    "minilm_encoder",
-    "repeated_ngrams",
-    "repetition",
-    "self_bleu",
-    "semantic_diversity",
-]
+from .tools.ngrams import _ngrams, repeated_ngrams
 
 _ORDER = 4  # of BLEU
 
@@ -48,22 +39,6 @@ def repetition(sequences: Sequence[Sequence[Any]], n: int = 4) -> float:
     """
     shares = [repeated / total for s in sequences for repeated, total in [repeated_ngrams([s], n)] if total]
     return sum(shares) / len(shares) if shares else math.nan
-
-
-def repeated_ngrams(sequences: Sequence[Sequence[Any]], n: int = 4) -> tuple[int, int]:
-    """N-grams that came before in the same sequence, and all n-grams, summed over ``sequences``."""
-    repeated = total = 0
-    for sequence in sequences:
-        grams = _ngrams("repetition", sequence, n)
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
-    return repeated, total
-
-
-def _ngrams(op: str, sequence: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
-    if n < 1:
-        raise ValueError(f"{op}: n must be at least 1, got {n}")
-    return [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
 
 
 def self_bleu(texts: Sequence[str]) -> float:

@@ -5,24 +5,9 @@ A message names the argument or file, what was expected, what was found, and wha
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
-
-__all__ = [
-    "BackendUnavailableError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DeviceMemoryError",
-    "JudgeError",
-    "ModelError",
-    "NonFiniteLossError",
-    "OutputDirError",
-    "PowerFlowError",
-    "RolloutError",
-    "RunStopped",
-    "ScorerError",
-    "SelfCheckError",
-]
 
 
 class PowerFlowError(Exception):
@@ -113,3 +98,9 @@ class RunStopped(SystemExit):
     def __init__(self, checkpoint: str | None):
         super().__init__(0)
         self.checkpoint = checkpoint
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of ``names``, or an empty string."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -18,19 +18,12 @@ import numpy
 import torch
 from torch import nn
 
-from .checkpoint import get_rng_state, git_commit, set_rng_state
 from .completion_scores import check_vocabulary, fill_likelihoods, fill_scores, resolve_base
 from .data import PromptRow, encode_prompt
 from .diversity import Encoder, minilm_encoder, self_bleu
 from .errors import ConfigError, JudgeError, OutputDirError, ScorerError
 from .estimates import mean_interval, pass_at_k
-from .evaluation_files import (
-    CompletionStore,
-    finite_or_none,
-    read_completions,
-    weights_digest,
-    write_result,
-)
+from .evaluation_files import CompletionStore, read_completions, weights_digest, write_result
 from .evaluation_measures import (
     MEASURES,
     accuracy_measures,
@@ -47,11 +40,14 @@ from .heads import evaluating
 from .judge import Judge
 from .models import load_model
 from .problems import ProblemSet, load_problems
-from .report import ProgressLine
 from .sampler_base import ModelSampler
 from .samplers import Sampler, resolve_sampler
 from .samples import runs
 from .scorers import Scorer, check_columns
+from .tools.files import finite_or_none
+from .tools.progress import ProgressLine
+from .tools.provenance import git_commit
+from .tools.random_state import get_rng_state, set_rng_state
 from .version import __version__
 
 __all__ = ["MEASURE_GROUPS", "Evaluation", "during_training", "evaluate"]

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,21 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import disk_full
 from .data import PromptRow
 from .errors import DataError, OutputDirError
 from .heads import unwrap_peft
-
-__all__ = [
-    "COMPLETIONS",
-    "RESULT",
-    "CompletionStore",
-    "finite_or_none",
-    "read_completions",
-    "read_result",
-    "weights_digest",
-    "write_result",
-]
+from .tools.files import disk_full, finite_or_none
 
 logger = logging.getLogger(__name__)
 
@@ -329,17 +317,6 @@ def weights_digest(model: nn.Module) -> str:
         for part in some:
             digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def finite_or_none(value: Any) -> Any:
-    """``value`` with None for NaN and infinity, which JSON has not."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): finite_or_none(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_or_none(v) for v in value]
-    return value
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from .errors import DataError
 from .estimates import Measure
 from .evaluation_files import COMPLETIONS, CompletionStore, read_result, write_result
 from .evaluation_measures import MEASURES
-from .report import format_table, read_history
+from .tools.json_lines import read_history
+from .tools.tables import format_table
 
 __all__ = ["Evaluation", "describe_statistics", "summed_statistics"]
 

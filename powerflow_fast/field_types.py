@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from .errors import ConfigError
-
-__all__ = ["RENAMED", "AlphaRequest", "alpha_request", "checked", "config_error", "matches", "suggest"]
 
 # Names people bring from other trainers, with what to write here.
 RENAMED = {
@@ -56,12 +52,6 @@ def describe(hint: Any) -> str:
         return f"a list of {args[0].__name__}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "None"}
     return "a mapping" if hint is dict else names[hint]
-
-
-def suggest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest of ``names``, or an empty string."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class AlphaRequest(NamedTuple):

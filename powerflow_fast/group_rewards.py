@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from .answers import Equivalence, cluster_answers, extract_answer, resolve_equivalence, same_answer
-from .config import suggest
 from .dispatch import require_tensor
-from .errors import ConfigError
+from .errors import ConfigError, suggest
 from .logprobs import check_cu_seqlens, segment_sum
-from .user_functions import Columns, number_of
+from .tools.user_functions import Columns, number_of
 
 __all__ = [
     "REWARDS",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .config import suggest
+from .errors import suggest
 from .policy_gradient import grpo, rl_token, rl_trajectory
 from .trajectories import ObjectiveOutput, Trajectories
 from .trajectory_balance import flowrl, la_tb, log_variance_tb, relative_tb, subtb, tb, token_tb

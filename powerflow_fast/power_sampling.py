@@ -17,7 +17,7 @@ from torch import nn
 from .data import PromptRow
 from .errors import ConfigError
 from .sampler_base import Completion, ModelSampler, check_number
-from .seeded_decoding import random_stream
+from .tools.random_state import random_stream
 
 __all__ = ["Paths", "PowerDraw", "PowerSampler", "Propose", "block_ends", "log_acceptance", "power_chains"]
 

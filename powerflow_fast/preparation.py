@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import nn
 
@@ -20,8 +19,8 @@ from .heads import is_peft, unwrap_peft
 from .models import BaseScorer, CausalLMScorer, add_lora, disable_dropout, max_positions
 from .objective_registry import Objective, resolve_objective
 from .products import bf16_is_fast
-from .rollout import seeded
 from .self_check import check_packing
+from .tools.random_state import seeded
 from .trajectories import ObjectiveFunction
 
 logger = logging.getLogger(__name__)
@@ -191,9 +190,3 @@ def make_accelerator(config: PowerFlowConfig) -> Any:
 
 def digest(text: str | None) -> str | None:
     return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()[:16]
-
-
-def seed_of(seed: int, number: int, rank: int) -> int:
-    """A seed for rollout ``number`` on device ``rank``: a resumed run draws what the first one would have drawn."""
-
-    return int(numpy.random.SeedSequence([seed, number, rank]).generate_state(1, numpy.uint32)[0])

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from .config import suggest
 from .data import PromptRow, load_prompts
 from .demo_prompts import creative_prompts
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, suggest
 from .scorers import SCORERS, NamedScorer, Scorer, resolve_scorer
 
 __all__ = ["BENCHMARKS", "Benchmark", "ProblemSet", "load_problems"]

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import report
-from .checkpoint import git_commit
 from .config import PowerFlowConfig
 from .models import save_model
 from .objective_registry import OBJECTIVES
 from .plots import plot_history
+from .tools.provenance import git_commit
 
 __all__ = ["StepReport", "TrainResult", "write_results"]
 

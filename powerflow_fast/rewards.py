@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .answers import extract_answer
-from .config import suggest
-from .errors import ConfigError
-from .user_functions import Columns
+from .errors import ConfigError, suggest
+from .tools.user_functions import Columns
 
 __all__ = ["FORMATS", "boxed_answer", "format_penalties", "resolve_format"]
 

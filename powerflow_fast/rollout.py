@@ -12,19 +12,7 @@ from torch import Tensor, nn
 
 from .heads import evaluating, unwrap_peft
 from .models import pad_token_id
-
-__all__ = [
-    "HFGenerateEngine",
-    "ModelEngine",
-    "Rollout",
-    "RolloutEngine",
-    "cast_once",
-    "checked_prompts",
-    "eos_token_ids",
-    "finished_rollout",
-    "places_of",
-    "seeded",
-]
+from .tools.random_state import seeded
 
 
 @dataclass
@@ -250,15 +238,3 @@ def cast_once(lm: nn.Module) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from ``seed`` on the CPU and ``device``; the state from before comes back."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

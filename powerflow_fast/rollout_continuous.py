@@ -17,7 +17,8 @@ import torch
 
 from .errors import ConfigError, RolloutError
 from .heads import evaluating, unwrap_peft
-from .rollout import ModelEngine, Rollout, cast_once, checked_prompts, finished_rollout, places_of, seeded
+from .rollout import ModelEngine, Rollout, cast_once, checked_prompts, finished_rollout, places_of
+from .tools.random_state import seeded
 
 __all__ = ["ContinuousBatchingEngine"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import report
 from .config import PowerFlowConfig
+from .tools import json_lines, progress
 
 __all__ = ["RunLog"]
 
@@ -21,16 +21,16 @@ class RunLog:
     def __init__(self, output_dir: Path, config: PowerFlowConfig, accelerator: Any, *, total: int, first: int | None):
         self.config, self.accelerator = config, accelerator
         self.history: list[dict[str, float]] = []
-        self._files: list[report.HistoryWriter] = []
+        self._files: list[json_lines.HistoryWriter] = []
         if not accelerator.is_main_process:
             return
         self._history_file = self._open(output_dir / "history.jsonl", first)
-        self.history = report.read_history(output_dir / "history.jsonl")
-        self._progress = report.ProgressLine(total, first=first or 0)
+        self.history = json_lines.read_history(output_dir / "history.jsonl")
+        self._progress = progress.ProgressLine(total, first=first or 0)
         self._completions_file = self._open(output_dir / "completions.jsonl", first) if config.log_completions else None
 
-    def _open(self, path: Path, first: int | None) -> report.HistoryWriter:
-        self._files.append(report.HistoryWriter(path, resume_step=first))
+    def _open(self, path: Path, first: int | None) -> json_lines.HistoryWriter:
+        self._files.append(json_lines.HistoryWriter(path, resume_step=first))
         return self._files[-1]
 
     def record(self, step: int, metrics: dict[str, float], *, progress: bool = False) -> None:

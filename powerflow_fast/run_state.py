@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from .checkpoint import (
-    get_rng_state,
     latest_checkpoint,
     load_checkpoint,
     optimizer_from_tensors,
     optimizer_to_tensors,
     rotate,
     save_checkpoint,
-    set_rng_state,
 )
 from .config import PowerFlowConfig
 from .errors import CheckpointError
 from .samples import Samples
 from .sharding import laid_out_as, whole
+from .tools.random_state import get_rng_state, set_rng_state
 from .update import Policy
 
 logger = logging.getLogger(__name__)

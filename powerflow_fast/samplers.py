@@ -8,13 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from .config import suggest
 from .data import PromptRow
-from .errors import ConfigError
+from .errors import ConfigError, suggest
 from .power_sampling import PowerSampler
 from .rollout import RolloutEngine
 from .sampler_base import Completion, ModelSampler, check_number
-from .seeded_decoding import random_stream, stream_seed
+from .tools.random_state import random_stream, stream_seed
 from .verbalized import VerbalizedSampler
 
 __all__ = ["Completion", "Sampler", "TemperatureSampler", "resolve_sampler"]

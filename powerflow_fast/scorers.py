@@ -25,10 +25,9 @@ from .answers import (
     same_answer,
     same_answer_math,
 )
-from .config import suggest
 from .data import PromptRow
-from .errors import ConfigError, DataError, ScorerError
-from .user_functions import Columns, number_of
+from .errors import ConfigError, DataError, ScorerError, suggest
+from .tools.user_functions import Columns, number_of
 
 __all__ = [
     "SCORERS",

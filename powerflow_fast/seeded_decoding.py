@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +17,6 @@ from .heads import evaluating, unwrap_peft
 from .models import max_positions
 from .rollout import ModelEngine, checked_prompts, own_generation_config_aside
 
-__all__ = ["Draw", "SeededDecoder", "random_stream", "stream_seed"]
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -32,16 +28,6 @@ class Draw:
     """Log-prob in nats of each token under softmax(logits), at temperature 1."""
     proposal_logps: list[float]
     """Log-prob in nats of each token under softmax(logits / temperature), which it was drawn from; 0 where greedy."""
-
-
-def stream_seed(*parts: Any) -> int:
-    """A 64-bit number made of ``parts`` (JSON-able) by SHA-256: the same in every process, and on every machine."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()[:8], "big")
-
-
-def random_stream(*parts: Any) -> numpy.random.Generator:
-    """The random numbers that belong to ``parts``, see :func:`stream_seed`."""
-    return numpy.random.default_rng(stream_seed(*parts))
 
 
 class SeededDecoder(ModelEngine):

@@ -6,7 +6,8 @@ import time
 
 from torch import nn
 
-from .models import CausalLMScorer, unwrap_peft
+from .heads import unwrap_peft
+from .models import CausalLMScorer
 
 __all__ = ["PEAK_BF16_TFLOPS", "Throughput", "peak_flops", "training_flops_per_token"]
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from .config import PowerFlowConfig
 from .preparation import check_arguments
+from .results import StepReport, TrainResult
 from .rewards import FormatFn
 from .rollout import RolloutEngine
-from .training_run import EvalFn, Run, StepReport, TrainResult
+from .training_run import EvalFn, Run
 
 __all__ = ["StepReport", "TrainResult", "train"]
 

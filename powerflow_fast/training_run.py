@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import report
 from .alarms import Alarms
 from .alpha_control import make_alpha
-from .checkpoint import checkpoint_step, disk_full, latest_checkpoint, prepare_output_dir
+from .checkpoint import checkpoint_step, latest_checkpoint, prepare_output_dir
 from .collection import Collector
 from .config import PowerFlowConfig
 from .data import PromptDataset, encode_prompt, load_prompts
@@ -32,13 +32,7 @@ from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, Run
 from .faults import Abandoned, StopRequest, may_skip, non_finite_error
 from .liger import apply_liger
 from .log_z_table import LogZTable
-from .models import (
-    CausalLMScorer,
-    load_model,
-    make_base,
-    pad_token_id,
-    weights_fingerprint,
-)
+from .models import CausalLMScorer, load_model, make_base, pad_token_id, weights_fingerprint
 from .objective_registry import Objective
 from .optim import make_optimizer
 from .partition import LogZHead
@@ -50,13 +44,12 @@ from .preparation import (
     make_accelerator,
     prepare_model,
     prompt_text,
-    seed_of,
 )
 from .quantization import QUANTIZED, quantize_base
 from .replay import ReplayBuffer
 from .results import StepReport, TrainResult, write_results
 from .rewards import resolve_format
-from .rollout import RolloutEngine, seeded
+from .rollout import RolloutEngine
 from .rollout_choice import check_rollout_config, logp_gap, make_engine
 from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
@@ -64,6 +57,8 @@ from .samples import Samples
 from .self_check import self_check
 from .sharding import assembled, check_sharding, gathered, shard, whole, whole_number
 from .throughput import Throughput
+from .tools.files import disk_full
+from .tools.random_state import seed_of, seeded
 from .update import Policy, Updater
 
 __all__ = ["EvalFn", "Run", "StepReport", "TrainResult"]

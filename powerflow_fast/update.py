@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from .attention import attending, break_even
 from .config import PowerFlowConfig
-from .diversity import repeated_ngrams
 from .errors import DeviceMemoryError
 from .log_z_table import LogZTable
-from .logprobs import LogprobStats
+from .logprobs import LogprobStats, segment_sum
 from .models import BaseScorer, CausalLMScorer
 from .objective_registry import Objective, resolve_objective
-from .packing import Batch, pack_batch, pad_batch, segment_sum, token_batches
+from .packing import Batch, pack_batch, pad_batch, token_batches
 from .partition import LogZHead
 from .samples import Samples, runs
+from .tools.ngrams import repeated_ngrams
 from .trajectories import ObjectiveOutput, Trajectories
 
 logger = logging.getLogger(__name__)

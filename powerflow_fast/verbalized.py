@@ -17,7 +17,8 @@ from .data import PromptRow
 from .errors import ConfigError
 from .models import max_positions
 from .sampler_base import Completion, ModelSampler, check_number
-from .seeded_decoding import Draw, random_stream
+from .seeded_decoding import Draw
+from .tools.random_state import random_stream
 
 __all__ = ["INSTRUCTION", "VerbalizedSampler", "read_answers"]
 

@@ -20,7 +20,7 @@ from powerflow_fast.config import load_config, parse_value, read_yaml
 from powerflow_fast.errors import ConfigError
 from powerflow_fast.field_types import AlphaRequest
 from powerflow_fast.log_z_table import LogZTable
-from powerflow_fast.packing import segment_sum
+from powerflow_fast.logprobs import segment_sum
 from powerflow_fast.partition import LogZHead
 from powerflow_fast.rollout import HFGenerateEngine
 from powerflow_fast.samples import Samples

@@ -15,7 +15,6 @@ from torch import nn
 
 from powerflow_fast import checkpoint as checkpoint_module
 from powerflow_fast.checkpoint import (
-    get_rng_state,
     latest_checkpoint,
     load_checkpoint,
     optimizer_from_tensors,
@@ -23,9 +22,10 @@ from powerflow_fast.checkpoint import (
     prepare_output_dir,
     rotate,
     save_checkpoint,
-    set_rng_state,
 )
 from powerflow_fast.errors import CheckpointError, OutputDirError
+from powerflow_fast.tools import provenance
+from powerflow_fast.tools.random_state import get_rng_state, set_rng_state
 
 
 def save(output_dir, step, value=None):
@@ -485,13 +485,13 @@ def test_the_commit_is_that_of_this_package_only(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True)
 
     (tmp_path / "powerflow_fast").mkdir()
-    monkeypatch.setattr(checkpoint_module, "__file__", str(tmp_path / "powerflow_fast" / "checkpoint.py"))
-    assert checkpoint_module.git_commit() is None
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "powerflow_fast" / "tools" / "provenance.py"))
+    assert provenance.git_commit() is None
     git("init", "-q")
     (tmp_path / "x").write_text("1")
     git("add", "x")
     git("commit", "-q", "-m", "x")
-    commit = checkpoint_module.git_commit()
+    commit = provenance.git_commit()
     assert len(commit) == 40
     (tmp_path / "x").write_text("2")
-    assert checkpoint_module.git_commit() == f"{commit}-dirty"
+    assert provenance.git_commit() == f"{commit}-dirty"

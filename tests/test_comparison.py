@@ -16,7 +16,8 @@ from powerflow_fast.comparison_data import choose_prompts, headline, interval, m
 from powerflow_fast.comparison_figures import shorten
 from powerflow_fast.errors import DataError, PowerFlowError
 from powerflow_fast.estimates import Change, Measure, mean_interval, paired_change, pass_at_k
-from powerflow_fast.evaluation import Evaluation, evaluate
+from powerflow_fast.evaluation import evaluate
+from powerflow_fast.evaluation_result import Evaluation
 
 NAN = float("nan")
 QUESTIONS = ("How many primes lie below 40?", "What is the sum of the digits of 2^15?", "Solve 3x + 7 = 25 for x.")

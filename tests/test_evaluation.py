@@ -15,11 +15,13 @@ import powerflow_fast
 from powerflow_fast.data import encode_prompt
 from powerflow_fast.errors import ConfigError, DataError, JudgeError, OutputDirError, PowerFlowError, ScorerError
 from powerflow_fast.estimates import mean_interval
-from powerflow_fast.evaluation import Evaluation, during_training, evaluate
+from powerflow_fast.evaluation import during_training, evaluate
 from powerflow_fast.evaluation_measures import MEASURES
+from powerflow_fast.evaluation_result import Evaluation
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.power_order import length_tilt
-from powerflow_fast.samplers import Completion, TemperatureSampler
+from powerflow_fast.sampler_base import Completion
+from powerflow_fast.samplers import TemperatureSampler
 from powerflow_fast.scorers import NamedScorer
 
 PROBLEMS = [{"prompt": "one plus one", "answer": "2"}, {"prompt": "two", "answer": "3"}, {"prompt": "3", "answer": "4"}]

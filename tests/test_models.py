@@ -9,11 +9,11 @@ from tiny import ARCHITECTURES, EOS, PAD, UNK, VOCAB, one_thread, ragged_ids, ti
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from powerflow_fast.errors import ModelError
+from powerflow_fast.heads import find_head
 from powerflow_fast.models import (
     CausalLMScorer,
     add_lora,
     disable_dropout,
-    find_head,
     load_model,
     make_base,
     max_positions,

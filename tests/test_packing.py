@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerflow_fast.packing import pack_batch, pad_batch, segment_sum, token_batches
+from powerflow_fast.logprobs import segment_sum
+from powerflow_fast.packing import pack_batch, pad_batch, token_batches
 
 
 def test_pad_batch_by_hand():

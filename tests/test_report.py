@@ -6,18 +6,11 @@ import math
 
 import pytest
 
-from powerflow_fast import report
-from powerflow_fast.report import (
-    METRICS,
-    HistoryWriter,
-    ProgressLine,
-    Sample,
-    format_samples,
-    format_table,
-    read_history,
-    write_model_card,
-    write_samples,
-)
+from powerflow_fast.report import METRICS, Sample, format_samples, write_model_card, write_samples
+from powerflow_fast.tools import progress
+from powerflow_fast.tools.json_lines import HistoryWriter, read_history
+from powerflow_fast.tools.progress import ProgressLine
+from powerflow_fast.tools.tables import format_table
 
 
 class Terminal(io.StringIO):
@@ -34,7 +27,7 @@ class Pipe(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -9,8 +9,8 @@ from tiny import tiny_model
 
 from powerflow_fast import throughput
 from powerflow_fast.models import CausalLMScorer, add_lora
-from powerflow_fast.report import ProgressLine
 from powerflow_fast.throughput import Throughput, peak_flops, training_flops_per_token
+from powerflow_fast.tools.progress import ProgressLine
 
 
 def test_peaks_by_device_name():

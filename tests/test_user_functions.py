@@ -9,7 +9,7 @@ import torch
 from powerflow_fast.group_rewards import RewardInputs, user_reward
 from powerflow_fast.rewards import format_penalties
 from powerflow_fast.scorers import NamedScorer
-from powerflow_fast.user_functions import Columns, number_of
+from powerflow_fast.tools.user_functions import Columns, number_of
 
 ROW = {"prompt": "p", "completion": "c", "question": "q", "answer": 4, "level": 2}
 

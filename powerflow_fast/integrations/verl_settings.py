@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import suggest
-from ..errors import ConfigError
+from ..errors import ConfigError, suggest
 from ..rewards import FORMATS, FormatFn
 
 __all__ = ["PowerFlowSettings", "actor_clip", "check_actor"]

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["Columns", "number_of"]
-
 _TEXTS = ("prompt", "completion")
 
 
