@@ -29,7 +29,7 @@ def _mount_kernels() -> None:
 
 _mount_kernels()
 
-from .config import PowerFlowConfig  # noqa: E402  (the kernels are mounted first)
+from .config.options import PowerFlowConfig  # noqa: E402  (the kernels are mounted first)
 from .linear_la_tb import linear_la_tb_loss  # noqa: E402
 from .logprobs import LogprobStats, linear_logprob_stats, linear_logprobs, sequence_logprobs  # noqa: E402
 from .objective_registry import resolve_objective  # noqa: E402

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 
 __all__ = ["Alarms"]
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import PowerFlowConfig
+from .config.fields import AlphaRequest, alpha_request
+from .config.options import PowerFlowConfig
 from .errors import ConfigError
-from .field_types import AlphaRequest, alpha_request
 from .logprobs import segment_sum
 from .objective_registry import Objective
 from .samples import Samples

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .config import PowerFlowConfig, parse_value, read_yaml
+from .config.fields import RENAMED
+from .config.files import parse_value, read_yaml
+from .config.options import PowerFlowConfig
 from .errors import ConfigError, PowerFlowError, suggest
 from .eval_cli import add_commands
-from .field_types import RENAMED
 from .rewards import FORMATS, resolve_format
 from .version import __version__
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .data import PromptDataset, prompt_indices
 from .errors import RolloutError
 from .group_rewards import RewardInputs, RewardSum

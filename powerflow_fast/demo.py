@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .completion_scores import scored_batches
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .data import PromptRow, encode_prompt
 from .demo_prompts import DemoPrompt, demo_prompts, reasoning_score
 from .diversity import distinct_n

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from .checkpoint import checkpoint_step
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .errors import NonFiniteLossError
 
 __all__ = ["Abandoned", "StopRequest", "may_skip", "non_finite_error"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .errors import ConfigError
 
 __all__ = ["make_optimizer"]

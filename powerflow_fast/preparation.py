@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .attention import attending, packed_attention
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .data import PromptDataset, check_lengths
 from .errors import ConfigError, ModelError, SelfCheckError
 from .group_rewards import REWARDS, RewardSum, resolve_reward

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import report
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .models import save_model
 from .objective_registry import OBJECTIVES
 from .plots import plot_history

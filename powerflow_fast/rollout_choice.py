@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .errors import ConfigError
 from .heads import evaluating, unwrap_peft
 from .rollout import HFGenerateEngine, Rollout, RolloutEngine

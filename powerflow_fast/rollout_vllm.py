@@ -23,7 +23,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .errors import ConfigError, RolloutError
 from .heads import unwrap_peft
 from .models import pad_token_id

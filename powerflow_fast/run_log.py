@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .tools import json_lines, progress
 
 __all__ = ["RunLog"]

@@ -18,7 +18,7 @@ from .checkpoint import (
     rotate,
     save_checkpoint,
 )
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .errors import CheckpointError
 from .samples import Samples
 from .sharding import laid_out_as, whole

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .preparation import check_arguments
 from .results import StepReport, TrainResult
 from .rewards import FormatFn

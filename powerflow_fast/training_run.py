@@ -26,7 +26,7 @@ from .alarms import Alarms
 from .alpha_control import make_alpha
 from .checkpoint import checkpoint_step, latest_checkpoint, prepare_output_dir
 from .collection import Collector
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .data import PromptDataset, encode_prompt, load_prompts
 from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
 from .faults import Abandoned, StopRequest, may_skip, non_finite_error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attending, break_even
-from .config import PowerFlowConfig
+from .config.options import PowerFlowConfig
 from .errors import DeviceMemoryError
 from .log_z_table import LogZTable
 from .logprobs import LogprobStats, segment_sum

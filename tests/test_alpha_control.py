@@ -16,9 +16,10 @@ from tiny import one_thread  # noqa: F401
 import powerflow_fast
 from powerflow_fast import PowerFlowConfig, la_tb_loss, training_run
 from powerflow_fast.alpha_control import HIGH, Alpha
-from powerflow_fast.config import load_config, parse_value, read_yaml
+from powerflow_fast.config import load_config
+from powerflow_fast.config.fields import AlphaRequest
+from powerflow_fast.config.files import parse_value, read_yaml
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.field_types import AlphaRequest
 from powerflow_fast.log_z_table import LogZTable
 from powerflow_fast.logprobs import segment_sum
 from powerflow_fast.partition import LogZHead

@@ -7,14 +7,9 @@ import math
 import pytest
 import torch
 
-from powerflow_fast.config import (
-    _CLOSED_SCHEDULES,
-    _OPEN_SCHEDULES,
-    PowerFlowConfig,
-    load_config,
-    parse_value,
-    read_yaml,
-)
+from powerflow_fast.config import PowerFlowConfig, load_config
+from powerflow_fast.config.files import parse_value, read_yaml
+from powerflow_fast.config.options import _CLOSED_SCHEDULES, _OPEN_SCHEDULES
 from powerflow_fast.errors import ConfigError
 
 

@@ -37,7 +37,7 @@ if trl.__version__.split(".")[:2] != SUPPORTED.split("."):
 from safetensors.torch import load_file, save_file  # noqa: E402  (the version is checked first)
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from ..config import PowerFlowConfig  # noqa: E402
+from ..config.options import PowerFlowConfig  # noqa: E402
 from ..errors import CheckpointError, ConfigError  # noqa: E402
 from ..heads import evaluating, unwrap_peft  # noqa: E402
 from ..logprobs import segment_sum  # noqa: E402

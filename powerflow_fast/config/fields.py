@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 # Names people bring from other trainers, with what to write here.
 RENAMED = {

@@ -7,17 +7,14 @@ bounds in ``metadata``. Names and meanings follow TRL where it has them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from .errors import ConfigError, suggest
-from .field_types import RENAMED, alpha_request, checked, config_error, matches
-
-__all__ = ["PowerFlowConfig", "load_config", "parse_value", "read_yaml", "suggest"]
+from ..errors import suggest
+from .fields import RENAMED, alpha_request, checked, config_error
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "all", "none")
 
@@ -408,66 +405,6 @@ class PowerFlowConfig:
                 lines.append(f"{name}: checkpoint has {other!r}, this run has {value!r}")
         unknown = sorted(saved.keys() - _FIELD_TYPES.keys())
         return lines + [f"{n}: checkpoint has {saved[n]!r}, this version has no such field" for n in unknown]
-
-
-def read_yaml(path: str | Path, *, also: Iterable[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file whose keys are config fields (or in ``also``); errors name the file and the line."""
-    import yaml
-
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot read the config file: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a mapping of field: value, got a {type(values).__name__}")
-    seen = set()
-    for key, _ in node.value if node else ():
-        where = f"{path}:{key.start_mark.line + 1}"
-        if key.value in seen:
-            raise ConfigError(f"{where}: {key.value} is given twice")
-        seen.add(key.value)
-        if key.value not in also and (message := _unknown(key.value)):
-            raise ConfigError(f"{where}: {message}")
-    return {name: parse_value(name, value) if isinstance(value, str) else value for name, value in values.items()}
-
-
-def load_config(path: str | Path) -> PowerFlowConfig:
-    """The config in a YAML file of ``field: value`` lines; errors name the file and, where known, the line."""
-    values = read_yaml(path)
-    try:
-        return PowerFlowConfig.from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def parse_value(name: str, text: str) -> Any:
-    """``text`` as the value of field ``name`` (``1e-6``, ``true``, ``none``, ``[0.8, 1.2]``), else ``text`` itself.
-
-    YAML reads ``1e-6`` as a string, and the command line has only strings: both come through here.
-    """
-    hint = _FIELD_TYPES.get(name, str)
-    candidates: list[Any] = []
-    if text.lower() in ("none", "null"):
-        candidates.append(None)
-    if text.lower() in ("true", "false"):
-        candidates.append(text.lower() == "true")
-    for convert in (int, float, json.loads):
-        try:
-            candidates.append(convert(text))
-        except ValueError:
-            continue
-    # A string that spells no other value the field takes stays a string.
-    return next((c for c in candidates if matches(c, hint)), text)
 
 
 def _plain(value: Any) -> Any:
