@@ -36,11 +36,13 @@ Outputs = tuple[Tensor, ...]
 # The code whose change makes a figure of ours out of date, by (op, backend). Figures of others depend on a release.
 # "file" is all of a file, "file:name,name" these definitions of it and what runs at its import. Code that moves changes
 # this table, not the digests.
-_TYPES = ("kernels/types.py",)
+_TYPES = ("kernels/interface.py",)
 _HEAD_TORCH = ("package/logprobs.py", "package/chunked.py", "package/products.py", "csrc/head_cpu.cpp", *_TYPES)
 _HEAD_TRITON = (
     "package/logprobs.py",
     "kernels/launch.py",
+    "kernels/tiles.py",
+    "kernels/hopper_choice.py",
     "kernels/linear_logprob_fwd.py",
     "kernels/linear_logprob_exps.py",
     "kernels/linear_logprob_bwd.py",

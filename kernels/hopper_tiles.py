@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from . import launch
+from . import launch, tiles
 from .hopper_pipeline import (
     DTYPES,
     HALF,
@@ -33,12 +33,12 @@ from .hopper_pipeline import (
     tile_origin,
     tiles_of_program,
 )
-from .types import LogitTransform
+from .interface import LogitTransform
 
 PLAN = Plan()  # a launch's, where it names none
 LOG2E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
-NO_LOGIT = gl.constexpr(launch.NO_LOGIT.value)
+NO_LOGIT = gl.constexpr(tiles.NO_LOGIT.value)
 ROW_LAYOUT = gl.constexpr(gl.SliceLayout(1, HALF_LAYOUT.value))
 COLUMN_LAYOUT = gl.constexpr(gl.SliceLayout(0, HALF_LAYOUT.value))
 # Of 64K registers the consumers' 2 x 128 threads get 240 each and the producer's (four warps are allotted) 24 each.

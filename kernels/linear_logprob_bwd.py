@@ -13,26 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .active_tiles import active_tiles
+from .hopper_choice import hopper_tiles_for
+from .interface import ForwardOutput, HeadSums, LogitTransform, RowExponentials
 from .launch import (
-    LOG2_E,
-    WITH_LABEL,
     add_matmul_fp32_,
     choose_tile,
-    exp2,
-    hopper_tiles_for,
     launcher,
     logit_factors,
-    logit_scale,
-    logit_tile,
     matmul_fp32,
     num_sms,
     operands,
     plan_columns,
     readable,
-    rows_with_labels,
-    tile_origin,
 )
-from .types import ForwardOutput, HeadSums, LogitTransform, RowExponentials
+from .tiles import LOG2_E, WITH_LABEL, exp2, logit_scale, logit_tile, rows_with_labels, tile_origin
 
 
 @triton.jit(do_not_specialize=["N", "first"])

@@ -14,31 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .active_tiles import active_tiles, sort_rows
-from .launch import (
+from .hopper_choice import hopper_tiles_for
+from .interface import HiddenGradient, LogitTransform, RowExponentials, RowStatistics, kept_width
+from .launch import Tile, choose_tile, launcher, logit_factors, matmul_fp32, num_sms, operands, plan_rows, readable
+from .linear_logprob_fwd import label_logits, store_statistics
+from .tiles import (
     LN_2,
     LOG2_E,
     NO_LOGIT,
     WITH_LABEL,
-    Tile,
-    choose_tile,
     exp2,
-    hopper_tiles_for,
-    launcher,
     log1p_unit,
-    logit_factors,
     logit_scale,
     logit_tile,
-    matmul_fp32,
-    num_sms,
-    operands,
-    plan_rows,
-    readable,
     rows_with_labels,
     tile_origin,
     tile_place,
 )
-from .linear_logprob_fwd import label_logits, store_statistics
-from .types import HiddenGradient, LogitTransform, RowExponentials, RowStatistics, kept_width
 
 # The range in which a row's sum of exp(z - z_y) must lie when its exponentials are stored in a dtype; outside of it the
 # row is written anew around its maximum. float16 ends at 65504 above and 6e-8 below, where a confident token's

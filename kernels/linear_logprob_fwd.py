@@ -14,29 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .active_tiles import sort_rows
-from .launch import (
+from .hopper_choice import hopper_tiles_for
+from .interface import ForwardOutput, LogitTransform, RowStatistics
+from .launch import SCRATCH_ROWS, choose_tile, launcher, logit_factors, num_sms, operands, plan_rows, readable
+from .tiles import (
     LN_2,
     LOG2_E,
     NO_LOGIT,
-    SCRATCH_ROWS,
     WITH_LABEL,
-    choose_tile,
     exp2,
-    hopper_tiles_for,
-    launcher,
     log1p_unit,
-    logit_factors,
     logit_scale,
     logit_tile,
-    num_sms,
-    operands,
-    plan_rows,
-    readable,
     rows_with_labels,
     softcapped,
     tile_origin,
 )
-from .types import ForwardOutput, LogitTransform, RowStatistics
 
 
 @triton.jit(do_not_specialize=["N"])

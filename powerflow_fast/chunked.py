@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.types import (
+from .kernels.interface import (
     ForwardOutput,
     HeadSums,
     HiddenGradient,

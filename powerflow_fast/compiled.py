@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Backend, check_linear_inputs
-from .kernels.types import LogitTransform, kept_width
+from .kernels.interface import LogitTransform, kept_width
 from .logprobs import (
     LinearLogprobsFunction,
     LogprobStats,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import BackendUnavailableError
-from .kernels.types import LogitTransform
+from .kernels.interface import LogitTransform
 
 Backend = Literal["auto", "torch", "triton"]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

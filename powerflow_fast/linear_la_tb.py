@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Backend, check_linear_inputs, require_tensor, values_are_readable
-from .kernels.types import HeadSums, LogitTransform, kept_width
+from .kernels.interface import HeadSums, LogitTransform, kept_width
 from .logprobs import (
     CPU_CACHE_BYTES,
     autocast_inputs,

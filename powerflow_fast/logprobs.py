@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import chunked as torch_backend
 from .dispatch import Backend, check_linear_inputs, require_tensor, resolve_backend, values_are_readable
-from .kernels.types import ForwardOutput, HeadSums, LogitTransform, RowExponentials, RowStatistics, kept_width
+from .kernels.interface import ForwardOutput, HeadSums, LogitTransform, RowExponentials, RowStatistics, kept_width
 
 __all__ = ["LogprobStats", "linear_logprob_stats", "linear_logprobs", "sequence_logprobs"]
 

@@ -58,7 +58,7 @@ def test_providers_keep_the_contract(provider, mode):
 
 def test_the_reference_is_the_oracle():
     """The slab-wise fp64 reference of the suite against autograd through the materialised oracle."""
-    from powerflow_fast.kernels.reference import linear_logprobs_ref
+    from powerflow_fast.kernels.linear_logprob_reference import linear_logprobs_ref
 
     inputs = head_inputs(HeadCase(64, 9000, 256, "bf16", "full", mask_ratio=0.25), CPU)
     exact = head_reference(inputs)
@@ -140,7 +140,7 @@ def test_loss_providers_agree(provider):
 def test_the_loss_reference_is_the_oracle():
     """Slab-wise fp64 against autograd through the materialised oracles."""
     from powerflow_fast.kernels.la_tb_reference import la_tb_loss_ref
-    from powerflow_fast.kernels.reference import linear_logprobs_ref
+    from powerflow_fast.kernels.linear_logprob_reference import linear_logprobs_ref
 
     inputs = loss_case.loss_inputs(loss_case.LossCase(64, 9000, 128, b=6, dtype="bf16"), CPU)
     exact, terms = loss_case.loss_reference(inputs), inputs.terms

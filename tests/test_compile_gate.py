@@ -18,6 +18,8 @@ import sys
 
 import pytest
 
+from powerflow_fast.kernels import hopper_choice
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(900)
 
@@ -108,10 +110,10 @@ def compile_all(arch: int) -> list[dict]:
     import torch
 
     import powerflow_fast  # noqa: F401  (mounts the kernels)
-    from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd, types
+    from powerflow_fast.kernels import interface, launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
 
     launch.capability_of = lambda device: divmod(arch, 10)
-    launch.HOPPER_TILES = False  # those have a test of their own
+    hopper_choice.HOPPER_TILES = False  # those have a test of their own
     linear_logprob_fwd.num_sms = lambda device: 132
     linear_logprob_exps.num_sms = lambda device: 132
 
@@ -120,7 +122,7 @@ def compile_all(arch: int) -> list[dict]:
         hidden, weight = (torch.empty(rows, h, dtype=dtype, device="meta") for rows in (n, v))
         labels = torch.empty(n, dtype=torch.int64, device="meta")
         b = torch.empty(v, dtype=dtype, device="meta") if bias else None
-        arguments = hidden, weight, labels, b, types.LogitTransform(1.0, 1.0, softcap), -100
+        arguments = hidden, weight, labels, b, interface.LogitTransform(1.0, 1.0, softcap), -100
         forward = linear_logprob_fwd.linear_logprob_fwd(*arguments, stats=stats)
         linear_logprob_exps.linear_logprob_fwd_d_hidden(*arguments, stats=stats)
         needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": bias}

@@ -14,17 +14,19 @@ import tempfile
 import pytest
 import torch
 
+from powerflow_fast.kernels import hopper_choice
+
 pytest.importorskip("triton")
 import gluon_emulator
 from barrier_model import Fault, Model
 
 from powerflow_fast.kernels import (
     hopper_tiles,
+    interface,
     launch,
     linear_logprob_bwd,
     linear_logprob_exps,
     linear_logprob_fwd,
-    types,
 )
 from powerflow_fast.kernels.active_tiles import active_tiles
 
@@ -52,7 +54,7 @@ def compile_all() -> list[dict]:
         return kernel
 
     JITFunction.run = collect
-    launch.HOPPER_TILES = True
+    hopper_choice.HOPPER_TILES = True
     launch.capability_of = lambda device: (9, 0)
     linear_logprob_fwd.num_sms = linear_logprob_bwd.num_sms = linear_logprob_exps.num_sms = lambda device: 132
 
@@ -61,7 +63,7 @@ def compile_all() -> list[dict]:
         n, v, h = 8192, 151936, 3584
         hidden, weight = (torch.empty(rows, h, dtype=dtype, device="meta") for rows in (n, v))
         labels = torch.empty(n, dtype=torch.int64, device="meta")
-        arguments = hidden, weight, labels, None, types.LogitTransform(), -100
+        arguments = hidden, weight, labels, None, interface.LogitTransform(), -100
         forward = linear_logprob_fwd.linear_logprob_fwd(*arguments, stats=stats)
         linear_logprob_exps.linear_logprob_fwd_d_hidden(*arguments, stats=stats)
         needs = {"need_d_hidden": True, "need_d_weight": False, "need_d_bias": False}
@@ -308,7 +310,7 @@ def test_the_model_finds_mutants(monkeypatch, mutant):
 @pytest.fixture
 def emulated(monkeypatch):
     """The library's launchers with Hopper's kernels, emulated, wherever `supported` says so but for the device."""
-    monkeypatch.setattr(launch, "HOPPER_TILES", True)
+    monkeypatch.setattr(hopper_choice, "HOPPER_TILES", True)
     supported = hopper_tiles.supported
     capability = launch.capability_of
 
@@ -345,7 +347,7 @@ def test_the_library_computes_the_same_with_them(request, monkeypatch, shape, dt
     labels[5:7] = -100
     labels[128:256] = -100  # one row tile is left out where rows are not sorted
     d_logp = torch.linspace(-2, 1, shape[0])
-    transform = types.LogitTransform(temperature=1.1)
+    transform = interface.LogitTransform(temperature=1.1)
     arguments = hidden, weight, labels, None, transform, -100
     needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": False}
 
@@ -431,18 +433,18 @@ def test_a_box_is_sent_whole(monkeypatch):
 @pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (10, 0)])
 def test_supported(monkeypatch, capability):
     monkeypatch.setattr(launch, "capability_of", lambda device: capability)
-    monkeypatch.setattr(launch, "HOPPER_TILES", True)
+    monkeypatch.setattr(hopper_choice, "HOPPER_TILES", True)
     x = torch.empty(2, 8, dtype=torch.bfloat16)
-    plain = types.LogitTransform()
+    plain = interface.LogitTransform()
 
     def found(x=x, bias=None, transform=plain):
-        return launch.hopper_tiles_for(x, bias, transform) is hopper_tiles
+        return hopper_choice.hopper_tiles_for(x, bias, transform) is hopper_tiles
 
     assert found() == found(x.half()) == (capability == (9, 0))
     assert not found(x.float()) and not found(bias=x[0])
     assert not found(transform=plain._replace(logit_softcap=30.0))
     assert not found(transform=plain._replace(logit_scale=-1.0))
-    monkeypatch.setattr(launch, "HOPPER_TILES", False)
+    monkeypatch.setattr(hopper_choice, "HOPPER_TILES", False)
     assert not found()
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from powerflow_fast import chunked, linear_la_tb
+from powerflow_fast.kernels.interface import kept_width
 from powerflow_fast.kernels.la_tb_reference import group_log_z_ref, la_tb_loss_ref
-from powerflow_fast.kernels.reference import linear_logprobs_ref
-from powerflow_fast.kernels.types import kept_width
+from powerflow_fast.kernels.linear_logprob_reference import linear_logprobs_ref
 from powerflow_fast.linear_la_tb import chunks_of_sequences, linear_la_tb_loss
 
 BACKENDS = ["torch", "triton"]

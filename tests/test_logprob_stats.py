@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_logprobs import BACKENDS, DTYPES, TRANSFORMS, make_case, special_row
 
-from powerflow_fast.kernels.reference import linear_logprob_stats_ref
+from powerflow_fast.kernels.linear_logprob_reference import linear_logprob_stats_ref
 from powerflow_fast.logprobs import linear_logprob_stats, linear_logprobs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

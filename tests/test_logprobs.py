@@ -13,7 +13,7 @@ import torch
 
 from powerflow_fast import chunked, dispatch, logprobs
 from powerflow_fast.errors import BackendUnavailableError
-from powerflow_fast.kernels.reference import linear_logprobs_ref
+from powerflow_fast.kernels.linear_logprob_reference import linear_logprobs_ref
 from powerflow_fast.logprobs import linear_logprob_stats, linear_logprobs, segment_sum, sequence_logprobs
 from powerflow_fast.products import products_for
 

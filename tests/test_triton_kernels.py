@@ -7,14 +7,16 @@ import dataclasses
 import pytest
 import torch
 
+from powerflow_fast.kernels import tiles
+
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
 from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
+from powerflow_fast.kernels.interface import ForwardOutput, HeadSums, LogitTransform
 from powerflow_fast.kernels.launch import Tile
-from powerflow_fast.kernels.reference import linear_logprob_stats_ref, linear_logprobs_ref
-from powerflow_fast.kernels.types import ForwardOutput, HeadSums, LogitTransform
+from powerflow_fast.kernels.linear_logprob_reference import linear_logprob_stats_ref, linear_logprobs_ref
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1"),
@@ -463,8 +465,8 @@ def test_series_near_zero():
     def kernel(p_x, p_t, o_log1p, o_tanh, o_slope, N: tl.constexpr):
         i = tl.arange(0, N)
         x = tl.load(p_x + i)
-        tl.store(o_log1p + i, launch.log1p_unit(x))
-        tanh, slope = launch.softcapped(tl.load(p_t + i), 1.0, True)
+        tl.store(o_log1p + i, tiles.log1p_unit(x))
+        tanh, slope = tiles.softcapped(tl.load(p_t + i), 1.0, True)
         tl.store(o_tanh + i, tanh)
         tl.store(o_slope + i, slope)
 

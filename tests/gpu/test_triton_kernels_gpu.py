@@ -12,7 +12,7 @@ from test_triton_kernels import DTYPES, IGNORE, OPTIONS, SHAPES, Case, case_of_u
 
 from powerflow_fast import linear_la_tb_loss
 from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
-from powerflow_fast.kernels.reference import linear_logprob_stats_ref
+from powerflow_fast.kernels.linear_logprob_reference import linear_logprob_stats_ref
 
 pytestmark = pytest.mark.gpu
 GIB = 2**30
