@@ -21,11 +21,11 @@ from measure import Outputs
 from providers import Provider, package, require_cuda
 from torch import Tensor
 
-from powerflow_fast import chunked as torch_backend
 from powerflow_fast import linear_logprob_stats, linear_logprobs
-from powerflow_fast.dispatch import resolve_backend
-from powerflow_fast.logprobs import usual_cache_bytes
-from powerflow_fast.products import CompiledProducts, compiled_products_run
+from powerflow_fast.ops import torch_backend
+from powerflow_fast.ops.backends import resolve_backend
+from powerflow_fast.ops.logprobs_autograd import usual_cache_bytes
+from powerflow_fast.ops.torch_products import CompiledProducts, compiled_products_run
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 

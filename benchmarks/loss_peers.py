@@ -19,7 +19,7 @@ from providers import Provider, require_compiled_op
 from torch import Tensor
 
 from powerflow_fast import la_tb_loss, linear_la_tb_loss, linear_logprobs
-from powerflow_fast.dispatch import resolve_backend
+from powerflow_fast.ops.backends import resolve_backend
 
 Loss = Callable[[Tensor, Tensor, Tensor, LossTerms, Tensor], Tensor]
 

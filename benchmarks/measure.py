@@ -37,9 +37,10 @@ Outputs = tuple[Tensor, ...]
 # "file" is all of a file, "file:name,name" these definitions of it and what runs at its import. Code that moves changes
 # this table, not the digests.
 _TYPES = ("kernels/interface.py",)
-_HEAD_TORCH = ("package/logprobs.py", "package/chunked.py", "package/products.py", "csrc/head_cpu.cpp", *_TYPES)
+_HEAD = ("package/ops/logprobs.py", "package/ops/logprobs_autograd.py", *_TYPES)
+_HEAD_TORCH = (*_HEAD, "package/ops/torch_backend.py", "package/ops/torch_products.py", "csrc/head_cpu.cpp")
 _HEAD_TRITON = (
-    "package/logprobs.py",
+    *_HEAD,
     "kernels/launch.py",
     "kernels/tiles.py",
     "kernels/hopper_choice.py",
@@ -49,17 +50,30 @@ _HEAD_TRITON = (
     "kernels/hopper_pipeline.py",
     "kernels/hopper_tiles.py",
     "kernels/active_tiles.py",
-    *_TYPES,
 )
-_LOSS = ("csrc/la_tb.h", "csrc/la_tb_tensors.h", "csrc/la_tb_cpu.cpp", "csrc/la_tb_cuda.cu", "package/objectives.py")
+_LOSS_FUNCTIONS = "LATBOutput,la_tb_loss,la_tb,check_la_tb,_la_tb_torch,_warned,_has_kernel,_check_tensors"
+_LOSS_FUNCTIONS += ",_LATBFunction,_setup_context,_save,_backward"
+_LOSS = (
+    "csrc/la_tb.h",
+    "csrc/la_tb_tensors.h",
+    "csrc/la_tb_cpu.cpp",
+    "csrc/la_tb_cuda.cu",
+    f"package/ops/la_tb.py:{_LOSS_FUNCTIONS}",
+    "package/ops/checks.py:check_clip,ImportanceLevel",
+)
+_ONE_PASS = ("package/ops/linear_la_tb.py", "package/ops/segments.py:segment_sum,check_cu_seqlens")
 _UPDATE_MODULES = ("update", "models", "heads", "packing", "attention", "partition", "samples")
 _UPDATE_MODULES += ("trajectories", "trajectory_balance", "residuals")
-_UPDATE = tuple(f"package/{name}.py" for name in _UPDATE_MODULES)
+_UPDATE = (
+    "package/ops/segments.py",
+    "package/ops/la_tb.py:group_log_z",
+    *(f"package/{name}.py" for name in _UPDATE_MODULES),
+)
 SOURCES = {
     ("linear_logprobs", "torch"): _HEAD_TORCH,
     ("linear_logprobs", "triton"): _HEAD_TRITON,
-    ("linear_la_tb_loss", "torch"): _HEAD_TORCH + _LOSS + ("package/linear_la_tb.py",),
-    ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS + ("package/linear_la_tb.py", "kernels/scale.py"),
+    ("linear_la_tb_loss", "torch"): _HEAD_TORCH + _LOSS + _ONE_PASS,
+    ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS + _ONE_PASS + ("kernels/scale.py",),
     ("la_tb_loss", "compiled"): _LOSS,
     ("rollout", "torch"): (
         "package/rollout.py",

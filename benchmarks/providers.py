@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from powerflow_fast._extension import extension_status
+from powerflow_fast.ops.extension import extension_status
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from operations import OPERATIONS, Case, Operation  # noqa: E402
 from providers import Provider  # noqa: E402
 from suites import SUITES  # noqa: E402
 
-from powerflow_fast.dispatch import resolve_backend  # noqa: E402
+from powerflow_fast.ops.backends import resolve_backend  # noqa: E402
 
 
 def tests_pass(arguments: list[str], device: torch.device) -> bool:

@@ -25,8 +25,8 @@ from torch import Tensor
 from .config.fields import AlphaRequest, alpha_request
 from .config.options import PowerFlowConfig
 from .errors import ConfigError
-from .logprobs import segment_sum
 from .objective_registry import Objective
+from .ops.segments import segment_sum
 from .samples import Samples
 
 __all__ = ["Alpha", "make_alpha"]

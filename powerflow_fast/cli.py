@@ -174,8 +174,8 @@ def _demo(argv: list[str]) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     import torch
 
-    from ._extension import extension_status
-    from .products import bf16_is_fast, compiled_products_run
+    from .ops.extension import extension_status
+    from .ops.torch_products import bf16_is_fast, compiled_products_run
 
     print(f"powerflow_fast  {__version__}")
     print(f"python          {platform.python_version()} on {platform.platform()}")

@@ -13,7 +13,7 @@ from .config.options import PowerFlowConfig
 from .data import PromptDataset, prompt_indices
 from .errors import RolloutError
 from .group_rewards import RewardInputs, RewardSum
-from .logprobs import LogprobStats
+from .ops.logprobs import LogprobStats
 from .replay import ReplayBatch, ReplayBuffer
 from .rewards import FormatFn, format_penalties
 from .rollout import Rollout, RolloutEngine

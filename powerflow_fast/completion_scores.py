@@ -16,7 +16,6 @@ from .data import PromptRow, encode_prompt
 from .errors import ConfigError, ModelError, ScorerError
 from .evaluation_files import CompletionStore, weights_digest
 from .heads import evaluating, is_peft
-from .logprobs import segment_sum
 from .models import (
     BaseScorer,
     CausalLMScorer,
@@ -26,6 +25,7 @@ from .models import (
     pad_token_id,
     weights_fingerprint,
 )
+from .ops.segments import segment_sum
 from .packing import PaddedBatch, pad_batch
 from .samples import runs
 from .scorers import NamedScorer

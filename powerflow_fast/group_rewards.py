@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .answers import Equivalence, cluster_answers, extract_answer, resolve_equivalence, same_answer
-from .dispatch import require_tensor
 from .errors import ConfigError, suggest
-from .logprobs import check_cu_seqlens, segment_sum
+from .ops.checks import require_tensor
+from .ops.segments import check_cu_seqlens, segment_sum
 from .tools.user_functions import Columns, number_of
 
 __all__ = [

@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .dispatch import Backend
 from .errors import ModelError
 from .heads import Head, evaluating, find_head, head_inputs, is_peft, unwrap_peft
-from .logprobs import LogprobStats, linear_logprob_stats, linear_logprobs
+from .ops.backends import Backend
+from .ops.logprobs import LogprobStats, linear_logprob_stats, linear_logprobs
 from .packing import Batch
 
 logger = logging.getLogger(__name__)

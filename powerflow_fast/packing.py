@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logprobs import segment_sum
+from .ops.segments import segment_sum
 
 __all__ = ["Batch", "PackedBatch", "PaddedBatch", "pack_batch", "pad_batch", "segment_sum", "token_batches"]
 

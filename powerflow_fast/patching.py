@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from .dispatch import Backend, require_tensor, values_are_readable
 from .errors import ModelError
 from .heads import Head, find_head, head_replaced, unwrap_peft
-from .logprobs import linear_logprob_stats, linear_logprobs
+from .ops.backends import Backend
+from .ops.checks import require_tensor, values_are_readable
+from .ops.logprobs import linear_logprob_stats, linear_logprobs
 
 __all__ = ["LogprobsMethod", "Reduction", "TokenLogprobs", "patch_causal_lm", "unpatch_causal_lm"]
 

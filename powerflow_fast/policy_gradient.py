@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .logprobs import segment_sum
+from .ops.segments import segment_sum
 from .trajectories import ObjectiveOutput, Trajectories
 
 __all__ = ["grpo", "rl_token", "rl_trajectory"]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import require_tensor
 from .errors import CheckpointError
+from .ops.checks import require_tensor
 
 __all__ = ["ReplayBatch", "ReplayBuffer"]
 

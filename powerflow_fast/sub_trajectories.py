@@ -7,25 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from .logprobs import refuse_second_derivative
+from .ops.logprobs_autograd import refuse_second_derivative
 from .residuals import ResidualLoss
-
-__all__ = ["SubTrajectories", "prefix_sums"]
 
 _BLOCK = 1 << 20
 """Residuals in memory at a time: 8 MiB, and a few times that for what is made of them."""
 
 _NEGLIGIBLE = math.log(1e-30)
 """Lags whose weight is below that of lag 1 by this factor are left out: they are lost in fp64 anyway."""
-
-
-def prefix_sums(values: Tensor) -> Tensor:
-    """(B, T) to (B, T): inclusive sums along each row. torch.cumsum may differ from run to run on CUDA."""
-    step = 1
-    while step < values.shape[1]:
-        values = torch.cat([values[:, :step], values[:, step:] + values[:, :-step]], 1)
-        step *= 2
-    return values
 
 
 class SubTrajectories:

@@ -15,11 +15,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .dispatch import require_positive, require_tensor, values_are_readable
-from .logprobs import check_cu_seqlens, segment_sum
-from .objectives import ImportanceLevel, check_clip
-
-__all__ = ["ObjectiveFunction", "ObjectiveOutput", "Trajectories"]
+from .ops.checks import ImportanceLevel, check_clip, require_positive, require_tensor, values_are_readable
+from .ops.segments import check_cu_seqlens, segment_max, segment_sum
 
 
 class ObjectiveOutput(NamedTuple):
@@ -292,13 +289,6 @@ class Trajectories:
 
 ObjectiveFunction: TypeAlias = Callable[[Trajectories], "ObjectiveOutput | Tensor"]
 """An objective with its options bound."""
-
-
-def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Largest of ``values`` (N,) in each packed sequence, (B,); -inf for an empty one."""
-    if cu_seqlens.shape[0] == 1:
-        return values[:0]
-    return torch.segment_reduce(values, "max", offsets=cu_seqlens.long(), unsafe=True, initial=-math.inf)
 
 
 class _PerToken(torch.autograd.Function):

@@ -16,13 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-from .dispatch import require_tensor
-from .logprobs import segment_sum
-from .objectives import la_tb_loss
-from .partition import group_log_z
+from .ops.checks import require_tensor
+from .ops.la_tb import group_log_z, la_tb_loss
+from .ops.segments import prefix_sums, segment_max, segment_sum
 from .residuals import ResidualLoss, ResidualLossName, resolve_residual_loss
-from .sub_trajectories import SubTrajectories, prefix_sums
-from .trajectories import ObjectiveOutput, Trajectories, segment_max
+from .sub_trajectories import SubTrajectories
+from .trajectories import ObjectiveOutput, Trajectories
 
 __all__ = ["flowrl", "la_tb", "log_variance_tb", "relative_tb", "subtb", "tb", "token_tb"]
 

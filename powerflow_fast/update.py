@@ -22,9 +22,10 @@ from .attention import attending, break_even
 from .config.options import PowerFlowConfig
 from .errors import DeviceMemoryError
 from .log_z_table import LogZTable
-from .logprobs import LogprobStats, segment_sum
 from .models import BaseScorer, CausalLMScorer
 from .objective_registry import Objective, resolve_objective
+from .ops.logprobs import LogprobStats
+from .ops.segments import segment_sum
 from .packing import Batch, pack_batch, pad_batch, token_batches
 from .partition import LogZHead
 from .samples import Samples, runs

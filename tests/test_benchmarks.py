@@ -244,7 +244,7 @@ def test_a_changed_source_changes_the_digest(tmp_path):
     for backend in ("torch", "triton"):
         same = measure.source_digest("linear_logprobs", backend, package=package)
         assert same == measure.source_digest("linear_logprobs", backend)
-    (package / "chunked.py").write_text("# changed")
+    (package / "ops" / "torch_backend.py").write_text("# changed")
     (tmp_path / "kernels" / "launch.py").write_text("# changed")
     for backend in ("torch", "triton"):
         same = measure.source_digest("linear_logprobs", backend, package=package)

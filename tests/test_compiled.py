@@ -1,4 +1,4 @@
-"""powerflow_fast.compiled: operators that a compiler takes whole, with the bits and the cost of the eager function."""
+"""`linear_logprobs` under torch.compile(fullgraph=True) and torch.export: same bits as eager, no graph break."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import powerflow_fast
-from powerflow_fast import chunked, compiled
-from powerflow_fast.logprobs import implementation_for
+from powerflow_fast.ops import logprobs_custom_ops, torch_backend
+from powerflow_fast.ops.backends import implementation_for
 
 V, H = 37, 16
 ROW = 48 * 4  # bytes of one kept row
@@ -46,7 +46,7 @@ def eager(hidden, weight, labels, bias, **options):
 
 
 def operator(hidden, weight, labels, bias, **options):
-    return compiled.linear_logprobs(hidden, weight, labels, bias=bias, **options)
+    return logprobs_custom_ops.linear_logprobs(hidden, weight, labels, bias=bias, **options)
 
 
 def assert_same_bits(ours, theirs):
@@ -60,7 +60,7 @@ TRAINABLE = [("hidden",), ("hidden", "weight", "bias"), ("weight",), ("hidden", 
 
 @pytest.mark.parametrize("name", ["linear_logprobs", "linear_logprob_stats"])
 def test_the_signature_is_the_eager_function_s(name):
-    assert inspect.signature(getattr(compiled, name)) == inspect.signature(getattr(powerflow_fast, name))
+    assert inspect.signature(getattr(logprobs_custom_ops, name)) == inspect.signature(getattr(powerflow_fast, name))
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE, ids="+".join)
@@ -190,7 +190,7 @@ def test_compiled_code_runs_each_pass_once(monkeypatch, trainable, expected):
                 calls.append(name)
             return getattr(self.implementation, name)
 
-    monkeypatch.setattr(compiled, "implementation_for", lambda *args: Recorded(implementation_for(*args)))
+    monkeypatch.setattr(logprobs_custom_ops, "implementation_for", lambda *args: Recorded(implementation_for(*args)))
     run = torch.compile(lambda *inputs: operator(*inputs).exp(), fullgraph=True, backend="aot_eager")
     inputs = tensors(trainable=trainable)
     for _ in range(2):  # the first call also traces
@@ -203,7 +203,7 @@ def test_compiled_code_runs_each_pass_once(monkeypatch, trainable, expected):
 
 @pytest.mark.parametrize("cache_bytes", [None, 10**6])
 def test_nothing_is_kept_without_a_gradient(monkeypatch, cache_bytes):
-    monkeypatch.setattr(chunked, "linear_logprob_fwd_exps", None)
+    monkeypatch.setattr(torch_backend, "linear_logprob_fwd_exps", None)
     inputs = tensors(trainable=("hidden", "weight"), dtype=torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(operator(*inputs, cache_bytes=cache_bytes), eager(*inputs, cache_bytes=cache_bytes))
@@ -238,7 +238,7 @@ def test_errors_are_those_of_the_eager_function():
     for change, error, message in wrong:
         arguments = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias} | change
         with pytest.raises(error, match=message):
-            compiled.linear_logprobs(**arguments)
+            logprobs_custom_ops.linear_logprobs(**arguments)
 
 
 def test_compiled_code_checks_values_when_it_runs():

@@ -24,7 +24,7 @@ from powerflow_fast.group_rewards import (
     ttrl,
     user_reward,
 )
-from powerflow_fast.logprobs import linear_logprob_stats
+from powerflow_fast.ops import linear_logprob_stats
 
 
 def box(answer: str | None) -> str:

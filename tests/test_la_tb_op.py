@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from powerflow_fast import _extension, objectives
-from powerflow_fast.objectives import la_tb_loss
+from powerflow_fast.ops import extension, la_tb, la_tb_loss
 
-STATUS = _extension.extension_status()
+STATUS = extension.extension_status()
 compiled = pytest.mark.skipif(not STATUS.available, reason=STATUS.reason)
 
 
@@ -163,8 +162,8 @@ def test_the_library_holds_code_for_every_architecture():
 
 def test_without_the_extension_plain_torch_runs_and_says_why_once(monkeypatch):
     reason = "powerflow_fast._C wasn't built; pip install ..."
-    monkeypatch.setattr(_extension, "_STATUS", _extension.ExtensionStatus(False, False, reason))
-    monkeypatch.setattr(objectives, "_warned", set())
+    monkeypatch.setattr(extension, "_STATUS", extension.ExtensionStatus(False, False, reason))
+    monkeypatch.setattr(la_tb, "_warned", set())
     logps, base, log_z, cu, *_ = op_arguments(requires_grad=True)
     with pytest.warns(RuntimeWarning, match="la_tb_loss runs in plain torch: powerflow_fast._C wasn't built") as caught:
         la_tb_loss(logps, base, log_z, cu, alpha=4.0)
@@ -175,11 +174,11 @@ def test_without_the_extension_plain_torch_runs_and_says_why_once(monkeypatch):
 
 
 def test_a_device_without_a_kernel_takes_plain_torch(monkeypatch):
-    monkeypatch.setattr(_extension, "_STATUS", _extension.ExtensionStatus(True, False, "built for CPU only"))
-    monkeypatch.setattr(objectives, "_warned", set())
+    monkeypatch.setattr(extension, "_STATUS", extension.ExtensionStatus(True, False, "built for CPU only"))
+    monkeypatch.setattr(la_tb, "_warned", set())
     with pytest.warns(RuntimeWarning, match="plain torch on cuda: the compiled op is built for CPU only"):
-        assert not objectives._has_kernel("la_tb_loss", "cuda")
-    assert objectives._has_kernel("la_tb_loss", "cpu")
+        assert not la_tb._has_kernel("la_tb_loss", "cuda")
+    assert la_tb._has_kernel("la_tb_loss", "cpu")
 
 
 def run_python(code: str) -> str:
@@ -196,7 +195,7 @@ importlib.util.find_spec = patched
 
 
 def test_status_of_an_extension_that_was_not_built():
-    out = run_python(HIDE.format(spec="None") + "import powerflow_fast._extension as e; print(e.extension_status())")
+    out = run_python(HIDE.format(spec="None") + "import powerflow_fast.ops.extension as e; print(e.extension_status())")
     assert "available=False" in out and "wasn't built" in out and "pip install" in out
 
 
@@ -213,11 +212,11 @@ class Finder:
             return importlib.util.spec_from_file_location(name, {str(broken)!r}, loader=loader)
 sys.meta_path.insert(0, Finder)
 import torch, warnings
-from powerflow_fast import _extension, objectives
-print(_extension.extension_status())
+from powerflow_fast.ops import extension, la_tb
+print(extension.extension_status())
 z = torch.zeros(1)
 with warnings.catch_warnings(record=True) as caught:
-    objectives.la_tb_loss(torch.zeros(2), z, z, torch.tensor([0, 2], dtype=torch.int32), alpha=4.0)
+    la_tb.la_tb_loss(torch.zeros(2), z, z, torch.tensor([0, 2], dtype=torch.int32), alpha=4.0)
 print([str(w.message) for w in caught])
 """
     status, warned = run_python(code).splitlines()

@@ -9,11 +9,11 @@ import types
 import pytest
 import torch
 
-from powerflow_fast import chunked, linear_la_tb
 from powerflow_fast.kernels.interface import kept_width
 from powerflow_fast.kernels.la_tb_reference import group_log_z_ref, la_tb_loss_ref
 from powerflow_fast.kernels.linear_logprob_reference import linear_logprobs_ref
-from powerflow_fast.linear_la_tb import chunks_of_sequences, linear_la_tb_loss
+from powerflow_fast.ops import linear_la_tb, linear_la_tb_loss, torch_backend
+from powerflow_fast.ops.linear_la_tb import chunks_of_sequences
 
 BACKENDS = ["torch", "triton"]
 LENGTHS = (7, 0, 12, 3, 9, 1, 30)
@@ -206,13 +206,13 @@ def spied(monkeypatch):
     def recorded(name):
         def wrapper(*args, **kwargs):
             calls.append((name, args[0].shape[0]))
-            return getattr(chunked, name)(*args, **kwargs)
+            return getattr(torch_backend, name)(*args, **kwargs)
 
         return wrapper
 
-    names = [name for name in vars(chunked) if name.startswith("linear_logprob_")]
+    names = [name for name in vars(torch_backend) if name.startswith("linear_logprob_")]
     spies = types.SimpleNamespace(
-        kept_dtype=chunked.kept_dtype, scaled=chunked.scaled, **{name: recorded(name) for name in names}
+        kept_dtype=torch_backend.kept_dtype, scaled=torch_backend.scaled, **{name: recorded(name) for name in names}
     )
     monkeypatch.setattr(linear_la_tb, "implementation_for", lambda *_: spies)
     return calls

@@ -11,7 +11,7 @@ import torch
 from powerflow_fast.checkpoint import load_checkpoint, save_checkpoint
 from powerflow_fast.errors import CheckpointError
 from powerflow_fast.log_z_table import LogZTable
-from powerflow_fast.objectives import la_tb_loss
+from powerflow_fast.ops import la_tb_loss
 
 
 def test_values_by_hand():

@@ -7,7 +7,7 @@ import torch
 from test_logprobs import BACKENDS, DTYPES, TRANSFORMS, make_case, special_row
 
 from powerflow_fast.kernels.linear_logprob_reference import linear_logprob_stats_ref
-from powerflow_fast.logprobs import linear_logprob_stats, linear_logprobs
+from powerflow_fast.ops import linear_logprob_stats, linear_logprobs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -11,11 +11,20 @@ import types
 import pytest
 import torch
 
-from powerflow_fast import chunked, dispatch, logprobs
 from powerflow_fast.errors import BackendUnavailableError
+from powerflow_fast.kernels import interface
 from powerflow_fast.kernels.linear_logprob_reference import linear_logprobs_ref
-from powerflow_fast.logprobs import linear_logprob_stats, linear_logprobs, segment_sum, sequence_logprobs
-from powerflow_fast.products import products_for
+from powerflow_fast.ops import (
+    backends,
+    linear_logprob_stats,
+    linear_logprobs,
+    logprobs,
+    logprobs_autograd,
+    segment_sum,
+    sequence_logprobs,
+    torch_backend,
+)
+from powerflow_fast.ops.torch_products import products_for
 
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -280,7 +289,7 @@ def test_no_wasted_work(monkeypatch):
     calls, counts = [], []
 
     def recorded(name):
-        function = getattr(chunked, name)
+        function = getattr(torch_backend, name)
 
         def wrapper(*args, **kwargs):
             needs = {k: v for k, v in kwargs.items() if k.startswith("need_")}
@@ -290,8 +299,8 @@ def test_no_wasted_work(monkeypatch):
 
         return wrapper
 
-    names = [name for name in vars(chunked) if name.startswith("linear_logprob_")]
-    spies = types.SimpleNamespace(kept_dtype=chunked.kept_dtype, **{name: recorded(name) for name in names})
+    names = [name for name in vars(torch_backend) if name.startswith("linear_logprob_")]
+    spies = types.SimpleNamespace(kept_dtype=torch_backend.kept_dtype, **{name: recorded(name) for name in names})
     monkeypatch.setattr(logprobs, "implementation_for", lambda *_: spies)
     case = make_case(torch.float32)
     case.run(linear_logprobs, None, {"weight": False})
@@ -327,30 +336,30 @@ def test_no_wasted_work(monkeypatch):
 def test_passes_that_add_up_do_so_in_fp32(monkeypatch, dtype, rows, expected):
     """One product of all rows rounds once by itself."""
     case = make_case({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
-    found, like = [], logprobs.HeadSums.like
+    found, like = [], interface.HeadSums.like
     spy = types.SimpleNamespace(
         like=lambda *args, own_dtype: found.append(own_dtype) or like(*args, own_dtype=own_dtype)
     )
-    monkeypatch.setattr(logprobs, "HeadSums", spy)
+    monkeypatch.setattr(logprobs_autograd, "HeadSums", spy)
     case.run(linear_logprobs, None, cache_bytes=rows * 144 * products_for(case.hidden).operand_dtype.itemsize)
     assert found == [expected]
 
 
 def test_what_is_kept_by_itself(monkeypatch):
     """bf16 on a CPU that multiplies it: all rows or none, by the bytes that they take and those that they save."""
-    usual = logprobs.usual_cache_bytes
+    usual = logprobs_autograd.usual_cache_bytes
     hidden, weight = torch.zeros(100, 8).bfloat16(), torch.zeros(1000, 8).bfloat16()
     native = types.SimpleNamespace(kept_dtype=lambda hidden: hidden.dtype)
     assert usual(hidden, weight, native) == 0, "another backend"
-    monkeypatch.setattr(logprobs, "torch_backend", native)
+    monkeypatch.setattr(logprobs_autograd, "torch_backend", native)
     assert usual(hidden, weight, native) == 100 * 1008 * 2
     assert usual(hidden.float(), weight.float(), native) == usual(hidden.half(), weight.half(), native) == 0
-    monkeypatch.setattr(logprobs, "CPU_CACHE_BYTES", 100 * 1008 * 2 - 4 * 8000)
+    monkeypatch.setattr(logprobs_autograd, "CPU_CACHE_BYTES", 100 * 1008 * 2 - 4 * 8000)
     assert usual(hidden, weight, native) == 100 * 1008 * 2
-    monkeypatch.setattr(logprobs, "CPU_CACHE_BYTES", 100 * 1008 * 2 - 4 * 8000 - 1)
+    monkeypatch.setattr(logprobs_autograd, "CPU_CACHE_BYTES", 100 * 1008 * 2 - 4 * 8000 - 1)
     assert usual(hidden, weight, native) == 0
     emulated = types.SimpleNamespace(kept_dtype=lambda hidden: torch.float32)
-    monkeypatch.setattr(logprobs, "torch_backend", emulated)
+    monkeypatch.setattr(logprobs_autograd, "torch_backend", emulated)
     assert usual(hidden[:1], weight, emulated) == 0
 
 
@@ -374,7 +383,7 @@ def test_more_than_2_to_the_31_logits():
 
 _PEAK = """
 import resource, sys, torch
-from powerflow_fast.logprobs import linear_logprobs
+from powerflow_fast.ops.logprobs import linear_logprobs
 torch.set_num_threads(1)
 hidden = torch.randn(8192, 64, requires_grad=True)
 weight, labels = torch.randn(32768, 64), torch.randint(0, 32768, (8192,))
@@ -488,10 +497,10 @@ def test_bad_cu_seqlens_is_named(cu_seqlens, error, message):
 
 
 def test_forced_triton_without_interpreter_says_why(monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_state", lambda: (True, False, ""))
+    monkeypatch.setattr(backends, "_triton_state", lambda: (True, False, ""))
     with pytest.raises(BackendUnavailableError, match=r"need a CUDA tensor, got one on cpu.*TRITON_INTERPRET=1"):
         linear_logprobs(H, W, Y, backend="triton")
-    monkeypatch.setattr(dispatch, "_triton_state", lambda: (False, False, "triton cannot be imported (no module)"))
+    monkeypatch.setattr(backends, "_triton_state", lambda: (False, False, "triton cannot be imported (no module)"))
     with pytest.raises(BackendUnavailableError, match="triton cannot be imported"):
         linear_logprobs(H, W, Y, backend="triton")
     assert linear_logprobs(H, W, Y).shape == (4,), "auto still runs"

@@ -11,8 +11,7 @@ import torch
 from objective_oracle import RESIDUALS, change, leaves, make
 
 from powerflow_fast.objective_registry import OBJECTIVES, Objective, resolve_objective
-from powerflow_fast.objectives import la_tb_loss
-from powerflow_fast.partition import group_log_z
+from powerflow_fast.ops import group_log_z, la_tb_loss
 from powerflow_fast.policy_gradient import grpo, rl_token, rl_trajectory
 from powerflow_fast.residuals import RESIDUAL_LOSSES
 from powerflow_fast.trajectories import ObjectiveOutput

@@ -9,19 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from powerflow_fast import _extension, objectives
 from powerflow_fast.kernels.la_tb_reference import group_log_z_ref, la_tb_loss_ref
-from powerflow_fast.objectives import LATBOutput, la_tb_loss
+from powerflow_fast.ops import LATBOutput, extension, la_tb, la_tb_loss
 
 
 @pytest.fixture(params=["compiled", "torch"])
 def implementation(request, monkeypatch):
     """Every test that takes this runs on the compiled op and on the plain torch that stands in for it."""
     if request.param == "torch":
-        monkeypatch.setattr(_extension, "_STATUS", _extension.ExtensionStatus(False, False, "hidden by the test"))
-        monkeypatch.setattr(objectives, "_warned", {"cpu"})
-    elif not _extension.extension_status().available:
-        pytest.skip(_extension.extension_status().reason)
+        monkeypatch.setattr(extension, "_STATUS", extension.ExtensionStatus(False, False, "hidden by the test"))
+        monkeypatch.setattr(la_tb, "_warned", {"cpu"})
+    elif not extension.extension_status().available:
+        pytest.skip(extension.extension_status().reason)
     return request.param
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerflow_fast.logprobs import segment_sum
+from powerflow_fast.ops import segment_sum
 from powerflow_fast.packing import pack_batch, pad_batch, token_batches
 
 

@@ -15,9 +15,10 @@ import transformers as tf
 from tiny import ARCHITECTURES, PAD, VOCAB, one_thread, ragged_ids, tiny_model  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from powerflow_fast import patching, products
+from powerflow_fast import patching
 from powerflow_fast.errors import ModelError
 from powerflow_fast.models import add_lora, disable_dropout
+from powerflow_fast.ops import torch_products
 from powerflow_fast.patching import TokenLogprobs, patch_causal_lm, unpatch_causal_lm
 
 ROWS = ragged_ids([6, 1, 4], seed=1)
@@ -165,8 +166,8 @@ def test_reductions_and_entropy():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_no_logits_exist(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(products, "compiled_products_run", lambda: False)
-    elif not products.compiled_products_run():
+        monkeypatch.setattr(torch_products, "compiled_products_run", lambda: False)
+    elif not torch_products.compiled_products_run():
         pytest.skip("the compiled products need AVX-512")
     model = patch_causal_lm(tiny_model())
     batch = padded()

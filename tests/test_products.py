@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from powerflow_fast import products
 from powerflow_fast.config import PowerFlowConfig
+from powerflow_fast.ops import torch_products
+from powerflow_fast.ops.torch_products import CompiledProducts, CpuBf16Products, Products, bf16_is_fast, products_for
 from powerflow_fast.preparation import make_accelerator
-from powerflow_fast.products import CompiledProducts, CpuBf16Products, Products, bf16_is_fast, products_for
 
-NATIVE_BF16 = products.cpu_multiplies_bf16()
-compiled = pytest.mark.skipif(not products.compiled_products_run(), reason="the compiled products need AVX-512")
+NATIVE_BF16 = torch_products.cpu_multiplies_bf16()
+compiled = pytest.mark.skipif(not torch_products.compiled_products_run(), reason="the compiled products need AVX-512")
 CASES = [
     pytest.param(Products, torch.float32, id="torch-fp32"),
     pytest.param(CompiledProducts, torch.float32, id="compiled-fp32", marks=compiled),
@@ -175,7 +175,7 @@ def test_the_compiled_products_are_taken_where_they_run(monkeypatch):
     assert type(products_for(torch.zeros(1, dtype=torch.float64))) is Products
     with torch.backends.mkldnn.flags(enabled=False):  # the block product is oneDNN's
         assert type(products_for(torch.zeros(1))) is Products
-    monkeypatch.setattr(products, "compiled_products_run", lambda: False)
+    monkeypatch.setattr(torch_products, "compiled_products_run", lambda: False)
     assert type(products_for(torch.zeros(1))) is Products
     bf16 = products_for(torch.zeros(1, dtype=torch.bfloat16))
     assert type(bf16) is (CpuBf16Products if NATIVE_BF16 else Products)
@@ -187,7 +187,7 @@ def test_a_tracer_that_comes_first_does_not_hide_them():
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 import powerflow_fast
-from powerflow_fast.products import products_for
+from powerflow_fast.ops.torch_products import products_for
 with FakeTensorMode():
     traced = type(products_for(torch.zeros(1))).__name__
 print(traced, type(products_for(torch.zeros(1))).__name__)

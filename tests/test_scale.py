@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powerflow_fast import chunked
+from powerflow_fast.ops import torch_backend
 
 try:
     import triton
@@ -16,7 +16,7 @@ try:
 except ImportError:
     INTERPRETED = False
 
-BACKENDS = [chunked.scaled]
+BACKENDS = [torch_backend.scaled]
 if INTERPRETED:
     BACKENDS.append(scale.scaled)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from powerflow_fast.objectives import la_tb_loss
+from powerflow_fast.ops import la_tb_loss
 from powerflow_fast.trajectories import Trajectories
 
 LENGTHS = [4, 0, 7, 1, 3, 0]

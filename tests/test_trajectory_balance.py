@@ -9,7 +9,7 @@ import torch
 from objective_oracle import RESIDUALS, change, exact, leaves, make, oracle
 
 from powerflow_fast import trajectory_balance as family
-from powerflow_fast.sub_trajectories import prefix_sums
+from powerflow_fast.ops.segments import prefix_sums
 from powerflow_fast.trajectories import ObjectiveOutput
 
 CASES = [

@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 from tiny import PAD, one_thread, ragged_ids, tiny_model  # noqa: F401
 
-from powerflow_fast import PowerFlowConfig, chunked
+from powerflow_fast import PowerFlowConfig
 from powerflow_fast.models import CausalLMScorer, disable_dropout, make_base
+from powerflow_fast.ops import torch_backend
 from powerflow_fast.partition import LogZHead
 from powerflow_fast.samples import Samples
 from powerflow_fast.update import Policy, Updater
@@ -130,9 +131,9 @@ def test_an_entropy_costs_no_pass_of_its_own(monkeypatch, trained, passes):
     """A step that is logged runs the head's passes of one that isn't, and has the bits of its gradient."""
     calls = []
     for name in ("fwd", "bwd", "fwd_d_hidden"):
-        run = getattr(chunked, f"linear_logprob_{name}")
+        run = getattr(torch_backend, f"linear_logprob_{name}")
         spy = lambda *args, name=name, run=run, **options: (calls.append(name), run(*args, **options))[1]  # noqa: E731
-        monkeypatch.setattr(chunked, f"linear_logprob_{name}", spy)
+        monkeypatch.setattr(torch_backend, f"linear_logprob_{name}", spy)
     grads = []
     for need_entropy in (False, True):
         made = updater("llama", packing="sdpa")

@@ -20,7 +20,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from ..errors import ModelError
 from ..heads import find_head
-from ..logprobs import linear_logprob_stats, linear_logprobs
+from ..ops.logprobs import linear_logprob_stats, linear_logprobs
 from .verl_settings import FUSED_BACKEND
 
 __all__ = ["fused_forward", "install", "use_fused_forward"]

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import require_tensor
 from ..errors import ConfigError
-from ..logprobs import segment_sum
-from ..objectives import la_tb_loss
-from ..partition import group_log_z
+from ..ops.checks import require_tensor
+from ..ops.la_tb import group_log_z, la_tb_loss
+from ..ops.segments import segment_sum
 from .verl_settings import check_actor
 
 __all__ = ["PowerFlowTargets", "powerflow_loss", "powerflow_targets"]

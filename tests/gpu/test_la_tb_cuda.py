@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
-from powerflow_fast._extension import extension_status
 from powerflow_fast.kernels.la_tb_reference import group_log_z_ref, la_tb_loss_ref
-from powerflow_fast.objectives import la_tb_loss
-from powerflow_fast.partition import group_log_z
+from powerflow_fast.ops import group_log_z, la_tb_loss
+from powerflow_fast.ops.extension import extension_status
 
 pytestmark = [
     pytest.mark.gpu,

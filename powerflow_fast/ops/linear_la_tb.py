@@ -15,22 +15,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import Backend, check_linear_inputs, require_tensor, values_are_readable
-from .kernels.interface import HeadSums, LogitTransform, kept_width
-from .logprobs import (
-    CPU_CACHE_BYTES,
+from ..kernels.interface import HeadSums, LogitTransform, kept_width
+from .backends import Backend, implementation_for
+from .checks import (
+    ImportanceLevel,
     autocast_inputs,
-    bytes_of_all,
     check_cache_bytes,
-    implementation_for,
-    kept_rows,
-    linear_logprobs,
-    refuse_second_derivative,
+    check_linear_inputs,
+    require_tensor,
+    values_are_readable,
 )
-from .objectives import ImportanceLevel, LATBOutput, check_la_tb, la_tb
-from .partition import group_log_z
-
-__all__ = ["linear_la_tb_loss"]
+from .la_tb import LATBOutput, check_la_tb, group_log_z, la_tb
+from .logprobs import linear_logprobs
+from .logprobs_autograd import CPU_CACHE_BYTES, bytes_of_all, kept_rows, refuse_second_derivative
 
 # Rows per chunk that the products need to run at full speed, and bytes that hold as many for vocabularies of today.
 _FEWEST_ROWS = 128

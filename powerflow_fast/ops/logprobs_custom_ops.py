@@ -20,20 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import Backend, check_linear_inputs
-from .kernels.interface import LogitTransform, kept_width
-from .logprobs import (
-    LinearLogprobsFunction,
-    LogprobStats,
-    autocast_inputs,
-    check_cache_bytes,
-    implementation_for,
-    kept_rows,
-    refuse_second_derivative,
-    usual_cache_bytes,
-)
-
-__all__ = ["linear_logprob_stats", "linear_logprobs"]
+from ..kernels.interface import LogitTransform, kept_width
+from .backends import Backend, implementation_for
+from .checks import autocast_inputs, check_cache_bytes, check_linear_inputs
+from .logprobs import LogprobStats
+from .logprobs_autograd import LinearLogprobsFunction, kept_rows, refuse_second_derivative, usual_cache_bytes
 
 _NAME = "linear_logprobs"
 _OPTIONS = "float temperature, float logit_scale, float? logit_softcap, int ignore_index, str backend"
@@ -71,7 +62,7 @@ def linear_logprobs(
 
         @torch.compile(fullgraph=True)
         def loss(hidden, weight, labels):
-            return -powerflow_fast.compiled.linear_logprobs(hidden, weight, labels).mean()
+            return -powerflow_fast.ops.logprobs_custom_ops.linear_logprobs(hidden, weight, labels).mean()
 
     N may be dynamic. Called without a compiler it is the eager function with a little more overhead. With
     ``cache_bytes``, which keeps a number of rows that depends on the labels, the graph holds sizes that are known when

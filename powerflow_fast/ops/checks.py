@@ -7,64 +7,15 @@ gives NaN instead of a wrong number.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .errors import BackendUnavailableError
-from .kernels.interface import LogitTransform
+from ..kernels.interface import LogitTransform
 
-Backend = Literal["auto", "torch", "triton"]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def _triton_state() -> tuple[bool, bool, str]:
-    """(importable, runs in its interpreter, reason when it is not importable)."""
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError as error:
-        return False, False, f"triton cannot be imported ({error})"
-    return True, bool(triton.knobs.runtime.interpret), ""
-
-
-def supported(backend: Literal["torch", "triton"], device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether ``backend`` can run on ``device`` with ``dtype``, and why not."""
-    if dtype not in FLOAT_DTYPES and not (backend == "torch" and dtype == torch.float64):
-        return False, f"the {backend} backend takes float32, bfloat16 or float16, got {dtype}"
-    if backend == "torch":
-        return True, ""
-    importable, interpreted, reason = _triton_state()
-    if not importable:
-        return False, reason
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return False, f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
-        return True, ""
-    if device.type == "cpu" and interpreted:
-        return True, ""
-    return False, (
-        f"the Triton kernels need a CUDA tensor, got one on {device}; on a CPU they run only in Triton's interpreter, "
-        "which must be switched on (TRITON_INTERPRET=1) before triton is first imported"
-    )
-
-
-def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Literal["torch", "triton"]:
-    """``auto``: Triton on a CUDA device that supports it, else torch. A backend asked for by name runs or raises."""
-    if backend == "auto":
-        # The interpreter is for tests: nobody who leaves the choice to us wants it.
-        return "triton" if device.type == "cuda" and supported("triton", device, dtype)[0] else "torch"
-    if backend not in ("torch", "triton"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
-    ok, reason = supported(backend, device, dtype)
-    if not ok:
-        raise BackendUnavailableError(f"backend={backend!r} cannot run here: {reason}")
-    return backend
 
 
 def values_are_readable(tensor: Tensor) -> bool:
@@ -140,3 +91,36 @@ def check_linear_inputs(
         require_positive(op, "logit_scale", transform.logit_scale),
         None if softcap is None else require_positive(op, "logit_softcap", softcap),
     )
+
+
+def check_cache_bytes(op: str, cache_bytes: int | None) -> None:
+    if cache_bytes is None:
+        return
+    if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
+        raise TypeError(f"{op}: cache_bytes must be an int, got {type(cache_bytes).__name__}")
+    if cache_bytes < 0:
+        raise ValueError(f"{op}: cache_bytes must be >= 0, got {cache_bytes}")
+
+
+def autocast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Inside ``torch.autocast`` a head takes part as ``torch.nn.Linear`` does: its operands in the autocast dtype."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors  # the check that follows names it
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+ImportanceLevel = Literal["sequence", "length_normalized"]
+
+
+def check_clip(op: str, clip: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in clip)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: clip must be two numbers (low, high), got {clip!r}") from None
+    if not (0 <= low <= 1 <= high < math.inf):
+        raise ValueError(f"{op}: clip must satisfy 0 <= low <= 1 <= high < inf, got {clip!r}")
+    return low, high

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension's)
 
-__all__ = ["ExtensionStatus", "extension_status"]
-
 _MODULE = "powerflow_fast._C"
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps <source folder of powerflow_fast>"
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.interface import (
+from ..kernels.interface import (
     ForwardOutput,
     HeadSums,
     HiddenGradient,
@@ -33,7 +33,7 @@ from .kernels.interface import (
     RowStatistics,
     kept_width,
 )
-from .products import HALF, Products, products_for
+from .torch_products import HALF, Products, products_for
 
 # e^60 leaves room for the products with the weight that follow; below, a float32 ends where 1 − p is 1e-38.
 _LARGEST_SUM = math.exp(60.0)

@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._extension import extension_status
-from .dispatch import require_positive, require_tensor
-from .logprobs import check_cu_seqlens, refuse_second_derivative, segment_sum
-
-__all__ = ["LATBOutput", "la_tb_loss"]
-
-ImportanceLevel = Literal["sequence", "length_normalized"]
+from .checks import ImportanceLevel, check_clip, require_positive, require_tensor
+from .extension import extension_status
+from .logprobs_autograd import refuse_second_derivative
+from .segments import check_cu_seqlens, segment_sum
 
 
 class LATBOutput(NamedTuple):
@@ -240,16 +237,6 @@ def _check_tensors(
         raise ValueError(f"{op}: cu_seqlens must be on logps' device {logps.device}, got {cu_seqlens.device}")
 
 
-def check_clip(op: str, clip: tuple[float, float]) -> tuple[float, float]:
-    try:
-        low, high = (float(bound) for bound in clip)
-    except (TypeError, ValueError):
-        raise TypeError(f"{op}: clip must be two numbers (low, high), got {clip!r}") from None
-    if not (0 <= low <= 1 <= high < math.inf):
-        raise ValueError(f"{op}: clip must satisfy 0 <= low <= 1 <= high < inf, got {clip!r}")
-    return low, high
-
-
 class _LATBFunction(torch.autograd.Function):
     """The compiled op for eager callers: a step is a few microseconds of arithmetic, and autograd of a registered op
     spends several times as long on its arguments as this class does."""
@@ -290,3 +277,73 @@ def _backward(ctx, d_loss, *_):
 
 if extension_status().available:
     torch.library.register_autograd("powerflow_fast::la_tb", _backward, setup_context=_setup_context)
+
+
+@torch.no_grad()
+def group_log_z(
+    logps: Tensor,
+    base_logps: Tensor,
+    group_ids: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    alpha: float,
+    psi: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    clip: tuple[float, float] = (0.8, 1.2),
+    importance_level: ImportanceLevel = "sequence",
+) -> Tensor:
+    """log Z' of each completion's prompt, estimated from the completions of that prompt. In plain torch, for group g:
+
+        members = (group_ids == g) & (length > 0)
+        log_z[group_ids == g] = (w * (alpha * (r + psi) - s))[members].sum() / w[members].sum()
+
+    with s, r and w as in ``la_tb_loss``. It is the value that minimises the group's loss, which makes
+    ``la_tb_loss(..., log_z=group_log_z(...))`` the log-variance form of LA-TB: no head to train.
+
+    Args:
+        group_ids: (B,) int64, equal for the completions of one prompt; any values, in any order.
+        others: as in ``la_tb_loss``. No input gets a gradient.
+
+    Returns:
+        (B,) detached, logps' dtype, nats per token; 0 for a group without a token. A group must be in one call: the
+        mean over a part of it is another number. The sums have a fixed order: same input, same bits, on CUDA too.
+
+    Raises:
+        TypeError, ValueError: as ``la_tb_loss``.
+
+    Source: the log-variance (VarGrad) form of trajectory balance, Richter et al. 2020 (arXiv 2010.10436).
+    """
+    op = "group_log_z"
+    zero = torch.zeros_like(base_logps) if isinstance(base_logps, Tensor) else base_logps
+    # with log_z = 0 the residual is the negative of what the mean is taken of
+    out = la_tb(
+        op,
+        logps,
+        base_logps,
+        zero,
+        cu_seqlens,
+        alpha=alpha,
+        psi=psi,
+        old_logps=old_logps,
+        clip=clip,
+        importance_level=importance_level,
+        num_sequences=1,
+    )
+    shape = tuple(base_logps.shape)
+    require_tensor(op, "group_ids", group_ids, shape=shape, symbols="(B,)", dtypes=(torch.int64, torch.int32))
+    if group_ids.device != logps.device:
+        raise ValueError(f"{op}: group_ids must be on logps' device {logps.device}, got {group_ids.device}")
+
+    # Groups become segments of a stable order: fixed sums on any device, and no wait for the number of groups.
+    order = torch.argsort(group_ids, stable=True)
+    ids = group_ids[order]
+    rank = torch.zeros_like(order)
+    rank[1:] = (ids[1:] != ids[:-1]).cumsum(0)
+    batch = torch.arange(len(order) + 1, device=order.device)
+    offsets = torch.searchsorted(rank, batch, out_int32=True)
+    weight = out.weight[order].double()
+    weighted = segment_sum(weight * -out.delta[order], offsets)
+    total = segment_sum(weight, offsets)
+    # a total of zero: no member with tokens, or every weight clipped to zero
+    log_z = (weighted / total).where(total != 0, 0.0)
+    return log_z[rank][torch.argsort(order)].to(logps.dtype)

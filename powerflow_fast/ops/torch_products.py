@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ._extension import extension_status
+from .extension import extension_status
 
 HALF = (torch.bfloat16, torch.float16)
 
