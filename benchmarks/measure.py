@@ -62,8 +62,8 @@ _LOSS = (
     "package/ops/checks.py:check_clip,ImportanceLevel",
 )
 _ONE_PASS = ("package/ops/linear_la_tb.py", "package/ops/segments.py:segment_sum,check_cu_seqlens")
-_UPDATE_MODULES = ("update", "models", "heads", "packing", "attention", "partition", "samples")
-_UPDATE_MODULES += ("trajectories", "trajectory_balance", "residuals")
+_UPDATE_MODULES = ("update", "models", "heads", "packing", "attention", "samples", "objectives/log_z")
+_UPDATE_MODULES += ("objectives/trajectories", "objectives/trajectory_balance", "objectives/residual_losses")
 _UPDATE = (
     "package/ops/segments.py",
     "package/ops/la_tb.py:group_log_z",

@@ -24,30 +24,21 @@ from typing import Any
 
 PAGE = Path(__file__).with_name("api.md")
 PACKAGE = "powerflow_fast"
-# In this order, as far as they exist; a package stands for its modules.
-MODULES = (
-    "trajectories",
-    "trajectory_balance",
-    "policy_gradient",
-    "residuals",
-    "group_rewards",
-    "replay",
-    "log_z_table",
-    "evaluation",
-    "problems",
-    "scorers",
-    "samplers",
-    "power_sampling",
-    "verbalized",
-    "estimates",
-    "diversity",
-    "power_order",
-    "judge",
-    "comparison",
-    "patching",
-    "compiled",
+# Public is what the `__init__` of a room names. The integrations need a package each, so that theirs names nothing:
+# there it is the `__all__` of a module.
+ROOMS = (
+    "config",
+    "ops",
+    "objectives",
     "models",
-    "packing",
+    "rewards",
+    "rollout",
+    "sampling",
+    "training",
+    "evaluation",
+    "comparison",
+    "demo",
+    "cli",
     "integrations",
 )
 HEADER = f"""# API
@@ -59,15 +50,13 @@ _SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
 
 def modules() -> Iterator[str]:
     yield PACKAGE
-    for name in MODULES:
-        name = f"{PACKAGE}.{name}"
-        spec = importlib.util.find_spec(name)
-        if spec is None:
+    for room in ROOMS:
+        name = f"{PACKAGE}.{room}"
+        if importlib.util.find_spec(name) is None:
             continue
         yield name
-        for sub in pkgutil.iter_modules(spec.submodule_search_locations or ()):
-            if not sub.name.startswith("_"):
-                yield f"{name}.{sub.name}"
+        if room == "integrations":
+            yield from (f"{name}.{sub.name}" for sub in pkgutil.iter_modules(importlib.import_module(name).__path__))
 
 
 def page(present: str) -> str:
@@ -105,12 +94,20 @@ def entry(name: str, value: Any, module: ModuleType) -> list[str]:
         return [f"### `{name}`", code(name, value), *class_body(value)]
     if inspect.isroutine(value):
         return [f"### `{name}`", code(name, value), markdown(own_doc(value))]
-    source = inspect.getsource(module)
+    source = inspect.getsource(importlib.import_module(defined_in(name, module)))
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             return [f"### `{name}`", f"```python\n{ast.get_source_segment(source, node)}\n```"]
     raise ValueError(f"{module.__name__}.{name}: don't know how to describe a {type(value).__name__}")
+
+
+def defined_in(name: str, module: ModuleType) -> str:
+    """The module from which ``module`` imports ``name``, or itself."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            return importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
+    return module.__name__
 
 
 def class_body(cls: type) -> list[str]:

@@ -11,10 +11,9 @@ import torch
 from shared import arguments, load
 
 from powerflow_fast.models import CausalLMScorer, make_base
+from powerflow_fast.objectives import Trajectories, flowrl
 from powerflow_fast.packing import pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.trajectories import Trajectories
-from powerflow_fast.trajectory_balance import flowrl
 
 PROMPTS, SAMPLES = 4, 32
 

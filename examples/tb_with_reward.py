@@ -10,10 +10,9 @@ import torch
 from shared import arguments, load
 
 from powerflow_fast.models import CausalLMScorer, make_base
+from powerflow_fast.objectives import Trajectories, relative_tb
 from powerflow_fast.packing import pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.trajectories import Trajectories
-from powerflow_fast.trajectory_balance import relative_tb
 
 PROMPTS = ["Sing: ", "Once upon a time, "]
 SAMPLES, TOKENS, BETA = 32, 8, 30.0

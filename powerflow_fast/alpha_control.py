@@ -25,7 +25,7 @@ from torch import Tensor
 from .config.fields import AlphaRequest, alpha_request
 from .config.options import PowerFlowConfig
 from .errors import ConfigError
-from .objective_registry import Objective
+from .objectives.registry import Objective
 from .ops.segments import segment_sum
 from .samples import Samples
 

@@ -17,11 +17,11 @@ from .errors import ConfigError, ModelError, SelfCheckError
 from .group_rewards import REWARDS, RewardSum, resolve_reward
 from .heads import is_peft, unwrap_peft
 from .models import BaseScorer, CausalLMScorer, add_lora, disable_dropout, max_positions
-from .objective_registry import Objective, resolve_objective
+from .objectives.registry import Objective, resolve_objective
+from .objectives.trajectories import ObjectiveFunction
 from .ops.torch_products import bf16_is_fast
 from .self_check import check_packing
 from .tools.random_state import seeded
-from .trajectories import ObjectiveFunction
 
 logger = logging.getLogger(__name__)
 

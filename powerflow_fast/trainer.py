@@ -55,7 +55,7 @@ def train(
             function in TRL's form, a name, or a list of these (``config.reward_weights``); see docs/rewards.md.
         engine: samples instead of the policy, a :class:`~powerflow_fast.rollout.RolloutEngine`. Its log-probs of its
             own tokens make the importance ratio, so it may be another model.
-        overrides: ``objective`` may also be a function of :class:`~powerflow_fast.trajectories.Trajectories`.
+        overrides: ``objective`` may also be a function of :class:`~powerflow_fast.objectives.Trajectories`.
 
     Returns:
         :class:`TrainResult`. ``output_dir`` then holds ``model/`` (plain safetensors, with a model card),

@@ -31,11 +31,10 @@ from .data import PromptDataset, encode_prompt, load_prompts
 from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
 from .faults import Abandoned, StopRequest, may_skip, non_finite_error
 from .liger import apply_liger
-from .log_z_table import LogZTable
 from .models import CausalLMScorer, load_model, make_base, pad_token_id, weights_fingerprint
-from .objective_registry import Objective
+from .objectives.log_z import LogZHead, LogZTable
+from .objectives.registry import Objective
 from .optim import make_optimizer
-from .partition import LogZHead
 from .preparation import (
     check_prompts,
     choose_objective,

@@ -21,16 +21,15 @@ from torch import Tensor, nn
 from .attention import attending, break_even
 from .config.options import PowerFlowConfig
 from .errors import DeviceMemoryError
-from .log_z_table import LogZTable
 from .models import BaseScorer, CausalLMScorer
-from .objective_registry import Objective, resolve_objective
+from .objectives.log_z import LogZHead, LogZTable
+from .objectives.registry import Objective, resolve_objective
+from .objectives.trajectories import ObjectiveOutput, Trajectories
 from .ops.logprobs import LogprobStats
 from .ops.segments import segment_sum
 from .packing import Batch, pack_batch, pad_batch, token_batches
-from .partition import LogZHead
 from .samples import Samples, runs
 from .tools.ngrams import repeated_ngrams
-from .trajectories import ObjectiveOutput, Trajectories
 
 logger = logging.getLogger(__name__)
 

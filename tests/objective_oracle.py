@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from powerflow_fast.trajectories import Trajectories
+from powerflow_fast.objectives import Trajectories
 
 LENGTHS = [4, 0, 7, 1, 3, 0, 5, 0]
 GROUPS = [9, 9, -3, 9, -3, 5, 9, 5]  # interleaved, negative; group 5 has no token at all

@@ -20,9 +20,8 @@ from powerflow_fast.config import load_config
 from powerflow_fast.config.fields import AlphaRequest
 from powerflow_fast.config.files import parse_value, read_yaml
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.log_z_table import LogZTable
+from powerflow_fast.objectives import LogZHead, LogZTable
 from powerflow_fast.ops import segment_sum
-from powerflow_fast.partition import LogZHead
 from powerflow_fast.rollout import HFGenerateEngine
 from powerflow_fast.samples import Samples
 from powerflow_fast.update import Updater

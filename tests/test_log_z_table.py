@@ -10,7 +10,7 @@ import torch
 
 from powerflow_fast.checkpoint import load_checkpoint, save_checkpoint
 from powerflow_fast.errors import CheckpointError
-from powerflow_fast.log_z_table import LogZTable
+from powerflow_fast.objectives import LogZTable
 from powerflow_fast.ops import la_tb_loss
 
 

@@ -11,7 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 from powerflow_fast import train
 from powerflow_fast.alarms import Alarms
 from powerflow_fast.config import PowerFlowConfig
-from powerflow_fast.objective_registry import OBJECTIVES
+from powerflow_fast.objectives import OBJECTIVES
 from powerflow_fast.report import METRICS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")

@@ -10,12 +10,24 @@ import pytest
 import torch
 from objective_oracle import RESIDUALS, change, leaves, make
 
-from powerflow_fast.objective_registry import OBJECTIVES, Objective, resolve_objective
+from powerflow_fast.objectives import (
+    OBJECTIVES,
+    RESIDUAL_LOSSES,
+    Objective,
+    ObjectiveOutput,
+    flowrl,
+    grpo,
+    la_tb,
+    log_variance_tb,
+    relative_tb,
+    resolve_objective,
+    rl_token,
+    rl_trajectory,
+    subtb,
+    tb,
+    token_tb,
+)
 from powerflow_fast.ops import group_log_z, la_tb_loss
-from powerflow_fast.policy_gradient import grpo, rl_token, rl_trajectory
-from powerflow_fast.residuals import RESIDUAL_LOSSES
-from powerflow_fast.trajectories import ObjectiveOutput
-from powerflow_fast.trajectory_balance import flowrl, la_tb, log_variance_tb, relative_tb, subtb, tb, token_tb
 
 EVEN = {"lengths": [5, 5, 5, 5], "groups": [1, 2, 1, 2]}
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from powerflow_fast.objective_registry import OBJECTIVES, resolve_objective
-from powerflow_fast.residuals import RESIDUAL_LOSSES
+from powerflow_fast.objectives import OBJECTIVES, RESIDUAL_LOSSES, resolve_objective
 
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 if not (STUDIES / "enumerable.py").is_file():

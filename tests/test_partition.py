@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from powerflow_fast.kernels.la_tb_reference import group_log_z_ref
+from powerflow_fast.objectives import LogZHead
 from powerflow_fast.ops import group_log_z, la_tb_loss
-from powerflow_fast.partition import LogZHead
 
 
 def make_groups(lengths, dtype=torch.float64):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from objective_oracle import change, exact, leaves, make, oracle
 
-from powerflow_fast import policy_gradient as family
-from powerflow_fast.trajectories import Trajectories
+from powerflow_fast.objectives import Trajectories
+from powerflow_fast.objectives import policy_gradient as family
 
 CASES = [
     ("rl_trajectory", {}),

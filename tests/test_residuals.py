@@ -8,9 +8,8 @@ import pytest
 import torch
 from objective_oracle import RESIDUALS as PLAIN
 
-from powerflow_fast.residuals import LIMIT, RESIDUAL_LOSSES, resolve_residual_loss
-from powerflow_fast.trajectories import Trajectories
-from powerflow_fast.trajectory_balance import tb
+from powerflow_fast.objectives import RESIDUAL_LOSSES, Trajectories, resolve_residual_loss, tb
+from powerflow_fast.objectives.residual_losses import LIMIT
 
 every = pytest.mark.parametrize("g", RESIDUAL_LOSSES.values(), ids=list(RESIDUAL_LOSSES))
 

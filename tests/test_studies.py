@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from powerflow_fast.objective_registry import OBJECTIVES
+from powerflow_fast.objectives import OBJECTIVES
 
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 if not (STUDIES / "common.py").is_file():

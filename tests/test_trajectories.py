@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from powerflow_fast.objectives import Trajectories
 from powerflow_fast.ops import la_tb_loss
-from powerflow_fast.trajectories import Trajectories
 
 LENGTHS = [4, 0, 7, 1, 3, 0]
 GROUPS = [9, 9, -3, 9, -3, 5]  # interleaved, negative, one without any token

@@ -8,9 +8,9 @@ import pytest
 import torch
 from objective_oracle import RESIDUALS, change, exact, leaves, make, oracle
 
-from powerflow_fast import trajectory_balance as family
+from powerflow_fast import objectives as family
+from powerflow_fast.objectives import ObjectiveOutput, residual_losses, sub_trajectory_balance
 from powerflow_fast.ops.segments import prefix_sums
-from powerflow_fast.trajectories import ObjectiveOutput
 
 CASES = [
     ("la_tb", {}),
@@ -221,7 +221,7 @@ def test_learned_flows(lam, residual_loss):
         weights = [1.0 if lam in (0, math.inf) else lam ** (j - i) for i, j in pairs]
         terms = [w * value(f[i] - f[j] + gap[i:j].sum()) for w, (i, j) in zip(weights, pairs, strict=True)]
         expected, at = expected + sum(terms) / sum(weights) / 3, at + length
-    out = family.subtb(t, lam=lam, log_flows=flows, residual_loss=residual_loss)
+    out = sub_trajectory_balance.subtb(t, lam=lam, log_flows=flows, residual_loss=residual_loss)
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
     for ours, theirs in zip(
         torch.autograd.grad(out.loss, [t.logps, flows]), torch.autograd.grad(expected, [t.logps, flows]), strict=True
@@ -259,15 +259,15 @@ def test_long_completions_at_any_lambda(lam, log_z):
 
 
 def test_memory_of_long_completions_is_bounded(monkeypatch):
-    from powerflow_fast import sub_trajectories
+    from powerflow_fast.objectives import sub_trajectory_balance
 
     t = make([300, 120], [1, 1], log_z=True)
     whole, (gradient, _) = run("subtb", t, {"lam": 1.0})
-    monkeypatch.setattr(sub_trajectories, "_BLOCK", 4096)
+    monkeypatch.setattr(sub_trajectory_balance, "_BLOCK", 4096)
     largest = []
-    slope = family.resolve_residual_loss("subtb", "squared").slope
+    slope = residual_losses.resolve_residual_loss("subtb", "squared").slope
     monkeypatch.setattr(
-        family,
+        sub_trajectory_balance,
         "resolve_residual_loss",
         lambda op, name: type("G", (), {"name": name, "value": staticmethod(torch.square), "slope": staticmethod(spy)}),
     )
@@ -284,7 +284,7 @@ def test_memory_of_long_completions_is_bounded(monkeypatch):
 
 def test_subtb_refuses_a_second_derivative():
     t = make(log_z=True)
-    (gradient,) = torch.autograd.grad(family.subtb(t).loss, t.logps, create_graph=True)
+    (gradient,) = torch.autograd.grad(sub_trajectory_balance.subtb(t).loss, t.logps, create_graph=True)
     with pytest.raises(RuntimeError, match="subtb: second derivatives"):
         gradient.sum().backward()
 

@@ -12,8 +12,8 @@ from tiny import PAD, one_thread, ragged_ids, tiny_model  # noqa: F401
 
 from powerflow_fast import PowerFlowConfig
 from powerflow_fast.models import CausalLMScorer, disable_dropout, make_base
+from powerflow_fast.objectives import LogZHead
 from powerflow_fast.ops import torch_backend
-from powerflow_fast.partition import LogZHead
 from powerflow_fast.samples import Samples
 from powerflow_fast.update import Policy, Updater
 

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from powerflow_fast.log_z_table import LogZTable
-from powerflow_fast.objective_registry import Objective, resolve_objective
-from powerflow_fast.trajectories import Trajectories
+from powerflow_fast.objectives import LogZTable, Objective, Trajectories, resolve_objective
 
 END = 0
 

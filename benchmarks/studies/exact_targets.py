@@ -24,7 +24,7 @@ NEAR = 0.05
 
 def variants() -> list[tuple[str, str | None]]:
     """(objective, where log Z is from) of every objective; those that have none of their own have None."""
-    from powerflow_fast.objective_registry import OBJECTIVES
+    from powerflow_fast.objectives import OBJECTIVES
 
     found: list[tuple[str, str | None]] = []
     for name in OBJECTIVES:
@@ -74,8 +74,7 @@ def run(case: Row) -> Iterable[Row]:
     import torch
     from enumerable import World
 
-    from powerflow_fast.log_z_table import LogZTable
-    from powerflow_fast.objective_registry import resolve_objective
+    from powerflow_fast.objectives import LogZTable, resolve_objective
 
     name, alpha, log_z = case["objective"], case["alpha"], case["log_z"]
     fixed = case["world"] == "fixed"

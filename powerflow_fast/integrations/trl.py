@@ -41,13 +41,10 @@ from ..config.options import PowerFlowConfig  # noqa: E402
 from ..errors import CheckpointError, ConfigError  # noqa: E402
 from ..heads import evaluating, unwrap_peft  # noqa: E402
 from ..models import CausalLMScorer, disable_dropout, make_base, pad_token_id, weights_fingerprint  # noqa: E402
-from ..ops.la_tb import (  # noqa: E402
-    group_log_z,
-    la_tb_loss,
-)
+from ..objectives.log_z import LogZHead  # noqa: E402
+from ..ops.la_tb import group_log_z, la_tb_loss  # noqa: E402
 from ..ops.segments import segment_sum  # noqa: E402
 from ..packing import Batch, pad_batch  # noqa: E402
-from ..partition import LogZHead  # noqa: E402
 from ..rewards import format_penalties, resolve_format  # noqa: E402
 from ..rollout import own_generation_config_aside  # noqa: E402
 from ..tools.random_state import seeded  # noqa: E402

@@ -7,10 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import (
-    require_tensor,
-    values_are_readable,
-)
+from .checks import require_tensor, values_are_readable
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

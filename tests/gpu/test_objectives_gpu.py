@@ -10,8 +10,7 @@ import torch
 from test_trainer import run
 
 from powerflow_fast import linear_logprobs
-from powerflow_fast.objective_registry import OBJECTIVES
-from powerflow_fast.trajectories import Trajectories
+from powerflow_fast.objectives import OBJECTIVES, Trajectories
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [700, 0, 33, 512, 1, 256, 90, 17]

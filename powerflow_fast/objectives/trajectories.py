@@ -15,8 +15,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .ops.checks import ImportanceLevel, check_clip, require_positive, require_tensor, values_are_readable
-from .ops.segments import check_cu_seqlens, segment_max, segment_sum
+from ..ops.checks import ImportanceLevel, check_clip, require_positive, require_tensor, values_are_readable
+from ..ops.segments import check_cu_seqlens, segment_max, segment_sum
 
 
 class ObjectiveOutput(NamedTuple):

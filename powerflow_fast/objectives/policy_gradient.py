@@ -1,6 +1,6 @@
 """Policy-gradient objectives: REINFORCE towards the α-power of the base model, its token-level ablation, and GRPO.
 
-Each is a function of :class:`~powerflow_fast.trajectories.Trajectories`. Advantages are constants to autograd; the
+Each is a function of :class:`~powerflow_fast.objectives.Trajectories`. Advantages are constants to autograd; the
 value of such a loss means nothing, its gradient does. T = |y|, and log R(y) = α (log p_base(y) + |y| ψ).
 """
 
@@ -12,10 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .ops.segments import segment_sum
+from ..ops.segments import segment_sum
 from .trajectories import ObjectiveOutput, Trajectories
-
-__all__ = ["grpo", "rl_token", "rl_trajectory"]
 
 Baseline = Literal["group", "leave_one_out"]
 

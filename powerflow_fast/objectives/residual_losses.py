@@ -20,8 +20,6 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-__all__ = ["RESIDUAL_LOSSES", "ResidualLoss", "ResidualLossName", "resolve_residual_loss"]
-
 ResidualLossName = Literal["squared", "linex", "half_linex", "shifted_cosh"]
 
 LIMIT = 30.0

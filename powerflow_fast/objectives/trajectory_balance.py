@@ -1,6 +1,6 @@
 """Objectives of the trajectory-balance family: a residual that is zero at the target, and a loss on it.
 
-Each is a function of :class:`~powerflow_fast.trajectories.Trajectories`. Throughout, π is the policy, T = |y|, and
+Each is a function of :class:`~powerflow_fast.objectives.Trajectories`. Throughout, π is the policy, T = |y|, and
 
     log R(y) = Σ_t α (log p_base,t + ψ) = α (log p_base(y) + |y| ψ)          δ = log Z + log π(y) − log R(y)
 
@@ -13,17 +13,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from .ops.checks import require_tensor
-from .ops.la_tb import group_log_z, la_tb_loss
-from .ops.segments import prefix_sums, segment_max, segment_sum
-from .residuals import ResidualLoss, ResidualLossName, resolve_residual_loss
-from .sub_trajectories import SubTrajectories
+from ..ops.la_tb import group_log_z, la_tb_loss
+from ..ops.segments import segment_max, segment_sum
+from .residual_losses import ResidualLoss, ResidualLossName, resolve_residual_loss
 from .trajectories import ObjectiveOutput, Trajectories
-
-__all__ = ["flowrl", "la_tb", "log_variance_tb", "relative_tb", "subtb", "tb", "token_tb"]
 
 
 def la_tb(trajectories: Trajectories, *, residual_loss: ResidualLossName = "squared") -> ObjectiveOutput:
@@ -160,94 +155,6 @@ def token_tb(trajectories: Trajectories, *, residual_loss: ResidualLossName = "s
     log_z = _log_z(op, t, excess, weight, g, per_token=True)
     delta = t.per_token(log_z) + excess
     return _output(t, weight, t.means(g.value(delta)), t.means(delta), log_z)
-
-
-def subtb(
-    trajectories: Trajectories,
-    *,
-    lam: float = 0.9,
-    log_flows: Tensor | None = None,
-    residual_loss: ResidualLossName = "squared",
-) -> ObjectiveOutput:
-    """Sub-trajectory balance: every run of tokens (i, j] of a completion balances the flows at its ends.
-
-        δ_ij = f_i − f_j + Σ_{i<t≤j} (log π_t − α (log p_base,t + ψ))
-        L = mean_i w_i Σ_{i<j} λ^(j−i) g(δ_ij) / Σ_{i<j} λ^(j−i)
-
-    where f_i is the log-flow of the state after i tokens and f_T = 0. By default f_i = (T − i) log Z', the length-aware
-    flow: λ = 0 is then token_tb and λ = ∞ is tb with log Z = T log Z' (T² times la_tb). With ``log_flows`` (N,), the
-    flow of the state *before* each token, learned by some head, the first flow of a completion is its log Z.
-
-    Target: p_base(y)^α / Z with free flows, where every δ_ij can be zero. With the default ones something between
-    token_tb's and tb's.
-
-    Args:
-        lam: λ in [0, ∞], safe at any size; the paper uses 0.9 and less.
-        log_flows: (N,) fp32 or fp64 like logps. Gradient: yes. ``log_z`` must then be None.
-        residual_loss: with log_z=None and no log_flows only ``"squared"``: the others have no closed-form log Z'.
-
-    ``log_z`` is log Z', nats per token. Cost: 2 B T² residuals for B completions padded to the longest, T tokens (at
-    λ < 1 not more than 2 B T · 70 / log(1/λ)), in blocks of 8 MiB; twice that to estimate log Z'. The gradient is made
-    in the forward pass, B (T + 1) fp64 numbers; a second derivative raises RuntimeError. The host waits for T once.
-
-    Source: Madan et al. 2022 (arXiv 2209.12782).
-    """
-    t, op = trajectories, "subtb"
-    g = resolve_residual_loss(op, residual_loss)
-    if isinstance(lam, bool) or not isinstance(lam, (int, float)):
-        raise TypeError(f"{op}: lam must be a number, got {type(lam).__name__}")
-    if not lam >= 0:
-        raise ValueError(f"{op}: lam must be >= 0 (inf is allowed), got {lam}")
-    steps = int(t.lengths.max()) if len(t.lengths) else 0
-    tokens = torch.arange(steps + 1, device=t.logps.device)
-    to_go = (t.lengths[:, None] - tokens).clamp(min=0).double()
-    runs = SubTrajectories(t.lengths, steps, float(lam))
-    excess = t.logps.double() - t.target_logps
-    potentials = torch.nn.functional.pad(prefix_sums(_padded(t, excess, steps)), (1, 0))
-    weight = t.importance_weight().double()
-    if log_flows is not None:
-        shape, dtypes = tuple(t.logps.shape), (t.logps.dtype,)
-        require_tensor(op, "log_flows", log_flows, shape=shape, symbols="(N,)", dtypes=dtypes)
-        if t.log_z is not None:
-            raise ValueError(f"{op}: log_z must be None where log_flows are given, since the first flow is log Z")
-        flows = torch.nn.functional.pad(_padded(t, log_flows.double(), steps), (0, 1))
-        log_z = flows[:, 0]
-    else:
-        if t.log_z is None:
-            t.require_groups(op, "log_z=None")
-            if g.name != "squared":
-                raise ValueError(
-                    f"{op}: residual_loss={residual_loss!r} needs log_z (B,) or log_flows (N,): only 'squared' has a "
-                    "closed-form log Z' of a group"
-                )
-            log_z = _group_slope(t, runs, potentials.detach(), tokens, weight, g)
-        else:
-            log_z = t.log_z.double()
-        flows = log_z[:, None] * to_go
-    values = runs.mean(potentials - flows, g)
-    whole = (segment_sum(excess, t.cu_seqlens) + flows[:, 0]) / t.lengths.clamp(min=1)
-    return _output(t, weight, values, whole, log_z)
-
-
-def _group_slope(
-    t: Trajectories, runs: SubTrajectories, sums: Tensor, tokens: Tensor, weight: Tensor, squared: ResidualLoss
-) -> Tensor:
-    """(B,) the log Z' that minimises a group's mean of (n log Z' + Σ excess)² over its sub-trajectories of n tokens."""
-    steps = tokens[None].double()
-    if runs.whole:
-        cross = t.lengths * segment_sum((t.logps.detach().double() - t.target_logps), t.cu_seqlens)
-    else:
-        # half the derivative of the mean of squares along potentials that rise by one per token
-        cross = (runs.value_and_gradient(sums, squared)[1] * steps).sum(1) / 2
-    total = t.group_sum(weight * runs.mean_square_lag())
-    return (-t.group_sum(weight * cross) / total).where(total != 0, 0.0)
-
-
-def _padded(t: Trajectories, values: Tensor, steps: int) -> Tensor:
-    """(N,) to (B, steps): one row for each completion, zeros after its end."""
-    row = t.token_sequence
-    column = torch.arange(values.shape[0], device=values.device) - t.cu_seqlens.long()[row]
-    return values.new_zeros(len(t.lengths), steps).index_put((row, column), values)
 
 
 def _excess(t: Trajectories) -> Tensor:

@@ -11,12 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import suggest
+from ..errors import suggest
 from .policy_gradient import grpo, rl_token, rl_trajectory
+from .sub_trajectory_balance import subtb
 from .trajectories import ObjectiveOutput, Trajectories
-from .trajectory_balance import flowrl, la_tb, log_variance_tb, relative_tb, subtb, tb, token_tb
-
-__all__ = ["OBJECTIVES", "Objective", "resolve_objective"]
+from .trajectory_balance import flowrl, la_tb, log_variance_tb, relative_tb, tb, token_tb
 
 Partition = Literal["per_token", "total"]
 
