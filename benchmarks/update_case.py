@@ -15,7 +15,7 @@ import torch
 from head_case import relative_error
 from torch import Tensor, nn
 
-from powerflow_fast.packing import pad_batch
+from powerflow_fast.models import pad_batch
 
 GROUP = 8  # completions per prompt, and sequences in a micro-batch
 ALPHA = 4.0

@@ -19,8 +19,8 @@ from torch import Tensor
 from update_case import ALPHA, GROUP, UpdateCase, UpdateInputs, sharing
 
 from powerflow_fast.config import PowerFlowConfig
-from powerflow_fast.models import BaseScorer, CausalLMScorer
-from powerflow_fast.packing import PaddedBatch, pad_batch
+from powerflow_fast.models import BaseScorer, CausalLMScorer, pad_batch
+from powerflow_fast.models.batches import PaddedBatch
 from powerflow_fast.preparation import choose_packing, make_accelerator
 from powerflow_fast.samples import Samples
 from powerflow_fast.update import Policy, Updater

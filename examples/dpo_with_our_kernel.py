@@ -10,7 +10,7 @@ import torch
 from shared import arguments, load
 from torch.nn.utils.rnn import pad_sequence
 
-from powerflow_fast.patching import patch_causal_lm
+from powerflow_fast.models import patch_causal_lm
 
 BETA = 0.1
 PAIRS = [  # prompt, preferred and rejected answer

@@ -10,9 +10,8 @@ import reasoning_gym
 import torch
 from shared import arguments, load
 
-from powerflow_fast.models import CausalLMScorer, make_base
+from powerflow_fast.models import CausalLMScorer, make_base, pad_batch
 from powerflow_fast.objectives import Trajectories, flowrl
-from powerflow_fast.packing import pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
 
 PROMPTS, SAMPLES = 4, 32

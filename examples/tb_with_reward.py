@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from shared import arguments, load
 
-from powerflow_fast.models import CausalLMScorer, make_base
+from powerflow_fast.models import CausalLMScorer, make_base, pad_batch
 from powerflow_fast.objectives import Trajectories, relative_tb
-from powerflow_fast.packing import pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
 
 PROMPTS = ["Sing: ", "Once upon a time, "]

@@ -30,6 +30,7 @@ def _mount_kernels() -> None:
 _mount_kernels()
 
 from .config.options import PowerFlowConfig  # noqa: E402  (the kernels are mounted first)
+from .models.patching import patch_causal_lm  # noqa: E402
 from .objectives.log_z import LogZHead  # noqa: E402
 from .objectives.registry import resolve_objective  # noqa: E402
 from .objectives.trajectories import ObjectiveOutput, Trajectories  # noqa: E402
@@ -37,7 +38,6 @@ from .ops.la_tb import LATBOutput, group_log_z, la_tb_loss  # noqa: E402
 from .ops.linear_la_tb import linear_la_tb_loss  # noqa: E402
 from .ops.logprobs import LogprobStats, linear_logprob_stats, linear_logprobs, sequence_logprobs  # noqa: E402
 from .ops.torch_products import compiled_products_run  # noqa: E402
-from .patching import patch_causal_lm  # noqa: E402
 from .version import __version__ as __version__  # noqa: E402
 
 compiled_products_run()  # It asks by running one, which the fake tensors of a compiler that traces us could not.

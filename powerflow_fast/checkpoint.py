@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import CheckpointError, OutputDirError
-from .sharding import laid_out_as
+from .models.sharding import laid_out_as
 from .tools.files import disk_full
 from .tools.provenance import git_commit
 from .version import __version__

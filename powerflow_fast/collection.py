@@ -13,12 +13,12 @@ from .config.options import PowerFlowConfig
 from .data import PromptDataset, prompt_indices
 from .errors import RolloutError
 from .group_rewards import RewardInputs, RewardSum
+from .models.sharding import gathered
 from .ops.logprobs import LogprobStats
 from .replay import ReplayBatch, ReplayBuffer
 from .rewards import FormatFn, format_penalties
 from .rollout import Rollout, RolloutEngine
 from .samples import Samples
-from .sharding import gathered
 from .tools.random_state import seed_of
 from .update import Policy, Updater
 

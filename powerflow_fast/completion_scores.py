@@ -15,19 +15,12 @@ from torch import nn
 from .data import PromptRow, encode_prompt
 from .errors import ConfigError, ModelError, ScorerError
 from .evaluation_files import CompletionStore, weights_digest
-from .heads import evaluating, is_peft
-from .models import (
-    BaseScorer,
-    CausalLMScorer,
-    ScorerOutput,
-    load_model,
-    max_positions,
-    pad_token_id,
-    weights_fingerprint,
-)
+from .models.adapters import is_peft
+from .models.batches import PaddedBatch, pad_batch, runs
+from .models.loading import load_model, max_positions, pad_token_id, weights_fingerprint
+from .models.logprob_model import BaseScorer, CausalLMScorer, ScorerOutput
+from .models.modes import evaluating
 from .ops.segments import segment_sum
-from .packing import PaddedBatch, pad_batch
-from .samples import runs
 from .scorers import NamedScorer
 
 __all__ = ["BaseModel", "check_vocabulary", "fill_likelihoods", "fill_scores", "resolve_base", "scored_batches"]

@@ -24,7 +24,8 @@ from .data import PromptRow, encode_prompt
 from .demo_prompts import DemoPrompt, demo_prompts, reasoning_score
 from .diversity import distinct_n
 from .estimates import Change, paired_change
-from .models import CausalLMScorer, load_model
+from .models.loading import load_model
+from .models.logprob_model import CausalLMScorer
 from .ops.segments import segment_sum
 from .report import Sample, format_samples, write_samples
 from .rollout import HFGenerateEngine

@@ -36,13 +36,13 @@ from .evaluation_measures import (
     tilt_measures,
 )
 from .evaluation_result import Evaluation, summed_statistics
-from .heads import evaluating
 from .judge import Judge
-from .models import load_model
+from .models.batches import runs
+from .models.loading import load_model
+from .models.modes import evaluating
 from .problems import ProblemSet, load_problems
 from .sampler_base import ModelSampler
 from .samplers import Sampler, resolve_sampler
-from .samples import runs
 from .scorers import Scorer, check_columns
 from .tools.files import finite_or_none
 from .tools.progress import ProgressLine

@@ -16,7 +16,7 @@ from torch import nn
 
 from .data import PromptRow
 from .errors import DataError, OutputDirError
-from .heads import unwrap_peft
+from .models.adapters import unwrap_peft
 from .tools.files import disk_full, finite_or_none
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention import attending, packed_attention
 from .config.options import PowerFlowConfig
 from .data import PromptDataset, check_lengths
 from .errors import ConfigError, ModelError, SelfCheckError
 from .group_rewards import REWARDS, RewardSum, resolve_reward
-from .heads import is_peft, unwrap_peft
-from .models import BaseScorer, CausalLMScorer, add_lora, disable_dropout, max_positions
+from .models.adapters import add_lora, is_peft, unwrap_peft
+from .models.loading import max_positions
+from .models.logprob_model import BaseScorer, CausalLMScorer
+from .models.modes import disable_dropout
+from .models.packed_attention import attending, packed_attention
 from .objectives.registry import Objective, resolve_objective
 from .objectives.trajectories import ObjectiveFunction
 from .ops.torch_products import bf16_is_fast

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import report
 from .config.options import PowerFlowConfig
-from .models import save_model
+from .models.loading import save_model
 from .objectives.registry import OBJECTIVES
 from .plots import plot_history
 from .tools.provenance import git_commit

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .heads import evaluating, unwrap_peft
-from .models import pad_token_id
+from .models.adapters import unwrap_peft
+from .models.loading import pad_token_id
+from .models.modes import evaluating
 from .tools.random_state import seeded
 
 

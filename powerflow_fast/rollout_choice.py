@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .config.options import PowerFlowConfig
 from .errors import ConfigError
-from .heads import evaluating, unwrap_peft
+from .models.adapters import unwrap_peft
+from .models.modes import evaluating
 from .rollout import HFGenerateEngine, Rollout, RolloutEngine
 from .rollout_continuous import ContinuousBatchingEngine
 from .rollout_vllm import VLLMEngine

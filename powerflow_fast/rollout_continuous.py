@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, RolloutError
-from .heads import evaluating, unwrap_peft
+from .models.adapters import unwrap_peft
+from .models.modes import evaluating
 from .rollout import ModelEngine, Rollout, cast_once, checked_prompts, finished_rollout, places_of
 from .tools.random_state import seeded
 

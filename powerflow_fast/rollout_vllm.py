@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from .config.options import PowerFlowConfig
 from .errors import ConfigError, RolloutError
-from .heads import unwrap_peft
-from .models import pad_token_id
+from .models.adapters import unwrap_peft
+from .models.loading import pad_token_id
 from .rollout import Rollout, checked_prompts, eos_token_ids, finished_rollout, places_of
 
 __all__ = ["VLLMEngine", "named_weights"]

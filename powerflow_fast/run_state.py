@@ -20,8 +20,8 @@ from .checkpoint import (
 )
 from .config.options import PowerFlowConfig
 from .errors import CheckpointError
+from .models.sharding import laid_out_as, whole
 from .samples import Samples
-from .sharding import laid_out_as, whole
 from .tools.random_state import get_rng_state, set_rng_state
 from .update import Policy
 

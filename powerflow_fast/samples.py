@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Samples", "runs"]
+from .models.batches import runs
 
 _OF_SEQUENCES = ("group_ids", "psi", "rewards")
 _OF_TOKENS = ("base_logps", "old_logps")
@@ -64,8 +64,3 @@ class Samples:
 
     def tensors(self) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in (*_OF_SEQUENCES, *_OF_TOKENS)}
-
-
-def runs(count: int, size: int) -> list[Sequence[int]]:
-    """0, 1, ... count - 1 in runs of ``size``."""
-    return [range(count)[start : start + size] for start in range(0, count, size)]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, ModelError, RolloutError
-from .heads import evaluating, unwrap_peft
-from .models import max_positions
+from .models.adapters import unwrap_peft
+from .models.loading import max_positions
+from .models.modes import evaluating
 from .rollout import ModelEngine, checked_prompts, own_generation_config_aside
 
 

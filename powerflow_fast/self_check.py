@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import break_even
 from .errors import SelfCheckError
-from .heads import evaluating, head_inputs, unwrap_peft
-from .models import CausalLMScorer, pad_token_id
-from .packing import Batch, PackedBatch, PaddedBatch, pack_batch, pad_batch
+from .models.adapters import unwrap_peft
+from .models.batches import Batch, PackedBatch, PaddedBatch, pack_batch, pad_batch
+from .models.head import head_inputs
+from .models.loading import pad_token_id
+from .models.logprob_model import CausalLMScorer
+from .models.modes import evaluating
+from .models.packed_attention import break_even
 from .rollout import RolloutEngine
 
 __all__ = ["check_packing", "self_check"]

@@ -6,8 +6,8 @@ import time
 
 from torch import nn
 
-from .heads import unwrap_peft
-from .models import CausalLMScorer
+from .models.adapters import unwrap_peft
+from .models.logprob_model import CausalLMScorer
 
 __all__ = ["PEAK_BF16_TFLOPS", "Throughput", "peak_flops", "training_flops_per_token"]
 

@@ -30,8 +30,11 @@ from .config.options import PowerFlowConfig
 from .data import PromptDataset, encode_prompt, load_prompts
 from .errors import ConfigError, ModelError, OutputDirError, PowerFlowError, RunStopped
 from .faults import Abandoned, StopRequest, may_skip, non_finite_error
-from .liger import apply_liger
-from .models import CausalLMScorer, load_model, make_base, pad_token_id, weights_fingerprint
+from .models.liger import apply_liger
+from .models.loading import load_model, pad_token_id, weights_fingerprint
+from .models.logprob_model import CausalLMScorer, make_base
+from .models.quantization import QUANTIZED, quantize_base
+from .models.sharding import assembled, check_sharding, gathered, shard, whole, whole_number
 from .objectives.log_z import LogZHead, LogZTable
 from .objectives.registry import Objective
 from .optim import make_optimizer
@@ -44,7 +47,6 @@ from .preparation import (
     prepare_model,
     prompt_text,
 )
-from .quantization import QUANTIZED, quantize_base
 from .replay import ReplayBuffer
 from .results import StepReport, TrainResult, write_results
 from .rewards import resolve_format
@@ -54,7 +56,6 @@ from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
 from .samples import Samples
 from .self_check import self_check
-from .sharding import assembled, check_sharding, gathered, shard, whole, whole_number
 from .throughput import Throughput
 from .tools.files import disk_full
 from .tools.random_state import seed_of, seeded

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import attending, break_even
 from .config.options import PowerFlowConfig
 from .errors import DeviceMemoryError
-from .models import BaseScorer, CausalLMScorer
+from .models.batches import Batch, pack_batch, pad_batch, runs, token_batches
+from .models.logprob_model import BaseScorer, CausalLMScorer
+from .models.packed_attention import attending, break_even
 from .objectives.log_z import LogZHead, LogZTable
 from .objectives.registry import Objective, resolve_objective
 from .objectives.trajectories import ObjectiveOutput, Trajectories
 from .ops.logprobs import LogprobStats
 from .ops.segments import segment_sum
-from .packing import Batch, pack_batch, pad_batch, token_batches
-from .samples import Samples, runs
+from .samples import Samples
 from .tools.ngrams import repeated_ngrams
 
 logger = logging.getLogger(__name__)

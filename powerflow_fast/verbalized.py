@@ -15,7 +15,7 @@ from torch import nn
 
 from .data import PromptRow
 from .errors import ConfigError
-from .models import max_positions
+from .models.loading import max_positions
 from .sampler_base import Completion, ModelSampler, check_number
 from .seeded_decoding import Draw
 from .tools.random_state import random_stream

@@ -12,11 +12,17 @@ from tiny import one_thread, tiny_model  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 from powerflow_fast import preparation
-from powerflow_fast.attention import attending, break_even, packed_attention
-from powerflow_fast.models import CausalLMScorer, add_lora
-from powerflow_fast.packing import pack_batch, pad_batch
+from powerflow_fast.models import CausalLMScorer, add_lora, pack_batch, pad_batch
+from powerflow_fast.models.packed_attention import (
+    VARLEN,
+    attending,
+    break_even,
+    packed_attention,
+    register_varlen,
+    varlen_attention,
+    varlen_available,
+)
 from powerflow_fast.self_check import check_packing
-from powerflow_fast.varlen import VARLEN, register_varlen, varlen_attention, varlen_available
 
 
 def model_on(device, dtype, own="sdpa"):

@@ -16,7 +16,7 @@ import powerflow_fast
 from powerflow_fast import PowerFlowConfig
 from powerflow_fast.errors import ConfigError
 from powerflow_fast.models import CausalLMScorer
-from powerflow_fast.sharding import shard
+from powerflow_fast.models.sharding import shard
 from powerflow_fast.update import Policy
 
 _SCRIPT = """
@@ -25,7 +25,8 @@ sys.path.insert(0, sys.argv[1])
 import accelerate, torch
 torch.set_num_threads(1)
 import powerflow_fast
-from powerflow_fast import rollout, rollout_choice, sharding
+from powerflow_fast import rollout, rollout_choice
+from powerflow_fast.models import sharding
 from tiny import tiny_model, tiny_tokenizer
 
 # Ranks draw with seeds of their own, so a fair comparison needs completions that depend on nothing but the prompt.

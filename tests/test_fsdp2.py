@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from powerflow_fast import LogZHead, la_tb_loss
 from powerflow_fast.models import CausalLMScorer
-from powerflow_fast.packing import pad_batch
-from powerflow_fast.sharding import assembled, shard, whole
+from powerflow_fast.models import pad_batch
+from powerflow_fast.models.sharding import assembled, shard, whole
 from powerflow_fast.update import Policy
 from tiny import ragged_ids, tiny_model
 

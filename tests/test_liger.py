@@ -12,8 +12,8 @@ from tiny import tiny_model
 from transformers.models.llama import modeling_llama
 
 from powerflow_fast.errors import BackendUnavailableError, OutputDirError
-from powerflow_fast.liger import apply_liger
 from powerflow_fast.models import add_lora
+from powerflow_fast.models.liger import apply_liger
 
 CUDA = torch.device("cuda")
 NAME = "liger_kernel.transformers.monkey_patch"

@@ -383,7 +383,7 @@ def test_more_than_2_to_the_31_logits():
 
 _PEAK = """
 import resource, sys, torch
-from powerflow_fast.ops.logprobs import linear_logprobs
+from powerflow_fast.ops import linear_logprobs
 torch.set_num_threads(1)
 hidden = torch.randn(8192, 64, requires_grad=True)
 weight, labels = torch.randn(32768, 64), torch.randint(0, 32768, (8192,))

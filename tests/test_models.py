@@ -9,17 +9,17 @@ from tiny import ARCHITECTURES, EOS, PAD, UNK, VOCAB, one_thread, ragged_ids, ti
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from powerflow_fast.errors import ModelError
-from powerflow_fast.heads import find_head
 from powerflow_fast.models import (
     CausalLMScorer,
     add_lora,
     disable_dropout,
     load_model,
     make_base,
-    max_positions,
-    pad_token_id,
+    pack_batch,
+    pad_batch,
 )
-from powerflow_fast.packing import pack_batch, pad_batch
+from powerflow_fast.models.head import find_head
+from powerflow_fast.models.loading import max_positions, pad_token_id
 
 PROMPTS = ragged_ids([1, 6, 3, 2], seed=1)
 COMPLETIONS = ragged_ids([5, 2, 0, 7], seed=2)

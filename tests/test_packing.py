@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from powerflow_fast.models import pack_batch, pad_batch
+from powerflow_fast.models.batches import token_batches
 from powerflow_fast.ops import segment_sum
-from powerflow_fast.packing import pack_batch, pad_batch, token_batches
 
 
 def test_pad_batch_by_hand():

@@ -15,11 +15,10 @@ import transformers as tf
 from tiny import ARCHITECTURES, PAD, VOCAB, one_thread, ragged_ids, tiny_model  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from powerflow_fast import patching
 from powerflow_fast.errors import ModelError
-from powerflow_fast.models import add_lora, disable_dropout
+from powerflow_fast.models import add_lora, disable_dropout, patch_causal_lm, patching, unpatch_causal_lm
+from powerflow_fast.models.patching import TokenLogprobs
 from powerflow_fast.ops import torch_products
-from powerflow_fast.patching import TokenLogprobs, patch_causal_lm, unpatch_causal_lm
 
 ROWS = ragged_ids([6, 1, 4], seed=1)
 LENGTHS = [len(row) for row in ROWS]
@@ -338,7 +337,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from powerflow_fast.patching import patch_causal_lm
+from powerflow_fast.models import patch_causal_lm
 from tiny import ragged_ids, tiny_model
 
 torch.set_num_threads(1)

@@ -11,9 +11,8 @@ from test_trainer import run, same, weights
 from tiny import EOS, PAD, VOCAB, ragged_ids
 
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.models import make_base
-from powerflow_fast.packing import pad_batch
-from powerflow_fast.quantization import QUANTIZED, quantize_base
+from powerflow_fast.models import make_base, pad_batch
+from powerflow_fast.models.quantization import QUANTIZED, quantize_base
 
 BATCH = pad_batch(ragged_ids([2, 7, 4], seed=1), ragged_ids([5, 1, 9], seed=2), 0)
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from tiny import EOS, PAD, VOCAB, one_thread, ragged_ids, tiny_model, tiny_tokenizer  # noqa: F401
 
-from powerflow_fast.models import CausalLMScorer, add_lora
-from powerflow_fast.packing import pad_batch
+from powerflow_fast.models import CausalLMScorer, add_lora, pad_batch
 from powerflow_fast.rollout import HFGenerateEngine, eos_token_ids
 
 PROMPTS = ragged_ids([3, 1, 7, 2, 3], seed=3)

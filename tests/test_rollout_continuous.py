@@ -14,8 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching import cache as paged
 
 from powerflow_fast.errors import ConfigError, RolloutError
-from powerflow_fast.models import CausalLMScorer, add_lora
-from powerflow_fast.packing import pad_batch
+from powerflow_fast.models import CausalLMScorer, add_lora, pad_batch
 from powerflow_fast.rollout_continuous import ContinuousBatchingEngine, batching_config
 
 

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from tiny import EOS, PAD, tiny_tokenizer
 
 from powerflow_fast import PowerFlowConfig
-from powerflow_fast.models import CausalLMScorer
-from powerflow_fast.packing import pad_batch
+from powerflow_fast.models import CausalLMScorer, pad_batch
 from powerflow_fast.rollout_vllm import VLLMEngine
 
 pytest.importorskip("vllm")

@@ -11,8 +11,7 @@ from tiny import EOS, LETTERS, PAD, SPECIAL, VOCAB, one_thread, tiny_model, tiny
 
 from powerflow_fast.data import PromptRow
 from powerflow_fast.errors import ConfigError, RolloutError
-from powerflow_fast.models import CausalLMScorer
-from powerflow_fast.packing import pad_batch
+from powerflow_fast.models import CausalLMScorer, pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
 from powerflow_fast.sampler_base import Completion
 from powerflow_fast.samplers import SAMPLERS, Sampler, TemperatureSampler, resolve_sampler

@@ -39,12 +39,17 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from ..config.options import PowerFlowConfig  # noqa: E402
 from ..errors import CheckpointError, ConfigError  # noqa: E402
-from ..heads import evaluating, unwrap_peft  # noqa: E402
-from ..models import CausalLMScorer, disable_dropout, make_base, pad_token_id, weights_fingerprint  # noqa: E402
+from ..models.adapters import unwrap_peft  # noqa: E402
+from ..models.batches import Batch, pad_batch  # noqa: E402
+from ..models.loading import pad_token_id, weights_fingerprint  # noqa: E402
+from ..models.logprob_model import CausalLMScorer, make_base  # noqa: E402
+from ..models.modes import (  # noqa: E402
+    disable_dropout,
+    evaluating,
+)
 from ..objectives.log_z import LogZHead  # noqa: E402
 from ..ops.la_tb import group_log_z, la_tb_loss  # noqa: E402
 from ..ops.segments import segment_sum  # noqa: E402
-from ..packing import Batch, pad_batch  # noqa: E402
 from ..rewards import format_penalties, resolve_format  # noqa: E402
 from ..rollout import own_generation_config_aside  # noqa: E402
 from ..tools.random_state import seeded  # noqa: E402

@@ -19,7 +19,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from ..errors import ModelError
-from ..heads import find_head
+from ..models.head import find_head
 from ..ops.logprobs import linear_logprob_stats, linear_logprobs
 from .verl_settings import FUSED_BACKEND
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from powerflow_fast.attention import attending, packed_attention
 from powerflow_fast.models import CausalLMScorer
+from powerflow_fast.models.packed_attention import VARLEN, attending, packed_attention, register_varlen
 from powerflow_fast.self_check import check_packing
-from powerflow_fast.varlen import VARLEN, register_varlen
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9], [3, 4, 5, 6]]

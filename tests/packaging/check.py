@@ -34,8 +34,8 @@ assert kernels is None or "linear_logprob_fwd" not in str(kernels), kernels
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from powerflow_fast.ops.extension import extension_status
-    from powerflow_fast.ops.logprobs import linear_logprobs
-    from powerflow_fast.ops.la_tb import la_tb_loss
+    from powerflow_fast.ops import linear_logprobs
+    from powerflow_fast.ops import la_tb_loss
     hidden, weight, labels = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8), torch.arange(6)
     logps = linear_logprobs(hidden, weight, labels)
     torch.testing.assert_close(logps, reference.linear_logprobs_ref(hidden, weight, labels))

@@ -17,10 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .errors import BackendUnavailableError
-from .heads import unwrap_peft
-
-__all__ = ["apply_liger"]
+from ..errors import BackendUnavailableError
+from .adapters import unwrap_peft
 
 logger = logging.getLogger(__name__)
 

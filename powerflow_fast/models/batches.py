@@ -16,10 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.segments import segment_sum
-
-__all__ = ["Batch", "PackedBatch", "PaddedBatch", "pack_batch", "pad_batch", "segment_sum", "token_batches"]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -219,3 +215,8 @@ def token_batches(
         if all(total <= max_tokens or len(batch) == 1 for total, batch in zip(sums, batches, strict=True)):
             return batches
     return [[i] for i in longest_first]
+
+
+def runs(count: int, size: int) -> list[Sequence[int]]:
+    """0, 1, ... count - 1 in runs of ``size``."""
+    return [range(count)[start : start + size] for start in range(0, count, size)]

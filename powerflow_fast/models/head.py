@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
-
-__all__ = ["Head", "evaluating", "find_head", "head_inputs", "is_peft", "unwrap_peft"]
+from ..errors import ModelError
+from .adapters import is_peft, unwrap_peft
+from .modes import evaluating
 
 # The last number is so large that a softcap shows its cap; the small ones show the scale; the rest check the curve.
 _PROBE = (0.0, 0.01, -0.01, 1.0, -1.0, 10.0, -10.0, 1e3, -1e3, 1e30)
@@ -44,28 +44,6 @@ class Head:
     @property
     def bias(self) -> Tensor | None:
         return self.module.bias
-
-
-def is_peft(model: nn.Module) -> bool:
-    """True for a ``peft.PeftModel`` (told by its methods: peft is an optional dependency)."""
-    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
-
-
-def unwrap_peft(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside a PeftModel (adapter layers still in place), or ``model`` itself."""
-    return model.get_base_model() if is_peft(model) else model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has its own former flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def find_head(model: nn.Module) -> Head:

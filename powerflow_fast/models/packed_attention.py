@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VARLEN", "register_varlen", "varlen_available"]
+from .adapters import unwrap_peft
 
 VARLEN = "powerflow_varlen"
 """Its name for ``model.set_attn_implementation``, after `register_varlen`."""
@@ -138,3 +139,51 @@ def varlen_attention(
         **options,
     )
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def packed_attention(model: nn.Module, *, autocast: torch.dtype | None = None) -> str:
+    """The model's own attention; on CUDA, where it computes in half precision, flash-attn if that imports, else torch's
+    variable-length attention if the model was written for flash-attn.
+
+    ``autocast``: the dtype that the model computes in, None: that of its weights.
+    """
+    lm = unwrap_peft(model)
+    weight = lm.get_input_embeddings().weight
+    own = lm.config._attn_implementation
+    if weight.device.type != "cuda" or (autocast or weight.dtype) == torch.float32 or own.startswith("flash"):
+        return own
+    from transformers import utils
+
+    for version in (2, 3, 4):  # 2 runs on the most devices
+        available = getattr(utils, f"is_flash_attn_{version}_available", lambda: False)
+        if available():
+            return f"flash_attention_{version}"
+    if getattr(lm, "_supports_flash_attn", False) and varlen_available(lm.config.get_text_config()):
+        return register_varlen()
+    return own
+
+
+def break_even(model: nn.Module, attention: str) -> float | None:
+    """Row length at which ``attention`` costs as much as the products with the weights; None: it costs no more.
+
+    By FLOP: 2 per token and weight of the layers, 4 per pair of tokens, layer and hidden unit.
+    """
+    if attention.startswith("flash") or attention == VARLEN:
+        return None
+    lm = unwrap_peft(model)
+    outside = {id(m.weight) for m in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    weights = sum(p.numel() for p in lm.parameters() if p.ndim > 1 and id(p) not in outside)
+    config = lm.config.get_text_config()
+    return weights / (2 * config.num_hidden_layers * config.hidden_size)
+
+
+@contextmanager
+def attending(models: Iterable[nn.Module], implementation: str) -> Iterator[None]:
+    """Inside, the attention of ``models`` is ``implementation``; afterwards their own again, which is what decodes."""
+    with ExitStack() as stack:
+        for lm in map(unwrap_peft, models):
+            own = lm.config._attn_implementation
+            if own != implementation:
+                stack.callback(lm.set_attn_implementation, own)
+                lm.set_attn_implementation(implementation)
+        yield

@@ -14,13 +14,12 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
-from .heads import Head, find_head, head_replaced, unwrap_peft
-from .ops.backends import Backend
-from .ops.checks import require_tensor, values_are_readable
-from .ops.logprobs import linear_logprob_stats, linear_logprobs
-
-__all__ = ["LogprobsMethod", "Reduction", "TokenLogprobs", "patch_causal_lm", "unpatch_causal_lm"]
+from ..errors import ModelError
+from ..ops.backends import Backend
+from ..ops.checks import require_tensor, values_are_readable
+from ..ops.logprobs import linear_logprob_stats, linear_logprobs
+from .adapters import unwrap_peft
+from .head import Head, find_head, head_replaced
 
 Reduction = Literal["none", "sum", "mean"]
 Model = TypeVar("Model", bound=nn.Module)

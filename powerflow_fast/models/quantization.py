@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError
-from .models import BaseScorer
-
-__all__ = ["QUANTIZED", "quantize_base"]
+from ..errors import ConfigError
+from .logprob_model import BaseScorer
 
 QUANTIZED = ("8bit", "4bit")
 _BLOCK = 64  # what bitsandbytes' CPU kernels cut layers into; layers of other sizes stay as they are

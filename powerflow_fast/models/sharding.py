@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
-from .heads import unwrap_peft
-from .packing import pad_batch
-
-__all__ = ["assembled", "check_sharding", "gathered", "laid_out_as", "shard", "whole", "whole_number"]
+from ..errors import ConfigError
+from .adapters import unwrap_peft
+from .batches import pad_batch
 
 
 def shard(policy: nn.Module, model: nn.Module, device: torch.device) -> nn.Module:
