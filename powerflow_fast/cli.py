@@ -18,7 +18,7 @@ from .config.files import parse_value, read_yaml
 from .config.options import PowerFlowConfig
 from .errors import ConfigError, PowerFlowError, suggest
 from .eval_cli import add_commands
-from .rewards import FORMATS, resolve_format
+from .rewards.formats import FORMATS, resolve_format
 from .version import __version__
 
 __all__ = ["main"]

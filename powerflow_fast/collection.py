@@ -12,11 +12,11 @@ from torch import Tensor
 from .config.options import PowerFlowConfig
 from .data import PromptDataset, prompt_indices
 from .errors import RolloutError
-from .group_rewards import RewardInputs, RewardSum
 from .models.sharding import gathered
 from .ops.logprobs import LogprobStats
 from .replay import ReplayBatch, ReplayBuffer
-from .rewards import FormatFn, format_penalties
+from .rewards.formats import FormatFn, format_penalties
+from .rewards.reward import RewardInputs, RewardSum
 from .rollout import Rollout, RolloutEngine
 from .samples import Samples
 from .tools.random_state import seed_of

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy
 
-from .answers import cluster_answers
 from .data import PromptRow
 from .diversity import Encoder, distinct_n, repetition, self_bleu, semantic_diversity
 from .estimates import Measure
 from .judge import Judge
 from .power_order import inversion_rate, length_tilt
+from .rewards.answers import cluster_answers
 from .scorers import NamedScorer
 
 __all__ = [

@@ -13,7 +13,6 @@ from torch import nn
 from .config.options import PowerFlowConfig
 from .data import PromptDataset, check_lengths
 from .errors import ConfigError, ModelError, SelfCheckError
-from .group_rewards import REWARDS, RewardSum, resolve_reward
 from .models.adapters import add_lora, is_peft, unwrap_peft
 from .models.loading import max_positions
 from .models.logprob_model import BaseScorer, CausalLMScorer
@@ -22,6 +21,8 @@ from .models.packed_attention import attending, packed_attention
 from .objectives.registry import Objective, resolve_objective
 from .objectives.trajectories import ObjectiveFunction
 from .ops.torch_products import bf16_is_fast
+from .rewards.registry import REWARDS, resolve_reward
+from .rewards.reward import RewardSum
 from .self_check import check_packing
 from .tools.random_state import seeded
 

@@ -16,7 +16,9 @@ from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from typing import Any
 
-from .answers import (
+from .data import PromptRow
+from .errors import ConfigError, DataError, ScorerError, suggest
+from .rewards.answers import (
     Equivalence,
     extract_answer,
     math_verify_library,
@@ -25,8 +27,6 @@ from .answers import (
     same_answer,
     same_answer_math,
 )
-from .data import PromptRow
-from .errors import ConfigError, DataError, ScorerError, suggest
 from .tools.user_functions import Columns, number_of
 
 __all__ = [
@@ -136,7 +136,7 @@ def math_answer(completion: str) -> str | None:
 
 
 def same_mathematics(answer: str, other: str) -> bool:
-    r""":func:`powerflow_fast.answers.same_answer_math`, the reference first, after what math-verify does not read is
+    r"""`same_answer_math`, the reference first, after what math-verify does not read is
     written in LaTeX: the signs ° − ≤ ≥ √, and an interval given as ``a < x < b``."""
     return same_answer_math(_in_latex(answer), _in_latex(other))
 
@@ -167,7 +167,7 @@ def math_score(prompt: Any, completion: str, *, answer: Any) -> float:
 
 def boxed_score(prompt: Any, completion: str, *, answer: Any) -> float:
     r"""1.0 where the last ``\boxed{...}`` holds the text of ``answer`` after
-    :func:`powerflow_fast.answers.normalized_answer`, else 0.0."""
+    :func:`powerflow_fast.rewards.answers.normalized_answer`, else 0.0."""
     given = extract_answer(completion)
     return float(given is not None and same_answer(str(answer), given))
 

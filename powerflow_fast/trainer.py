@@ -11,7 +11,7 @@ from torch import nn
 from .config.options import PowerFlowConfig
 from .preparation import check_arguments
 from .results import StepReport, TrainResult
-from .rewards import FormatFn
+from .rewards.formats import FormatFn
 from .rollout import RolloutEngine
 from .training_run import EvalFn, Run
 

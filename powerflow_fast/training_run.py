@@ -49,7 +49,7 @@ from .preparation import (
 )
 from .replay import ReplayBuffer
 from .results import StepReport, TrainResult, write_results
-from .rewards import resolve_format
+from .rewards.formats import resolve_format
 from .rollout import RolloutEngine
 from .rollout_choice import check_rollout_config, logp_gap, make_engine
 from .run_log import RunLog

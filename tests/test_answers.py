@@ -10,16 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from powerflow_fast.answers import (
-    cluster_answers,
-    extract_answer,
-    normalized_answer,
-    resolve_equivalence,
-    same_answer,
-    same_answer_math,
-)
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.rewards import boxed_answer
+from powerflow_fast.rewards import boxed_answer, extract_answer, same_answer
+from powerflow_fast.rewards.answers import cluster_answers, normalized_answer, resolve_equivalence, same_answer_math
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import torch
 from conftest import FLOOR
 
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.group_rewards import (
+from powerflow_fast.ops import linear_logprob_stats
+from powerflow_fast.rewards import (
     REWARDS,
     Reward,
     RewardInputs,
@@ -24,7 +25,6 @@ from powerflow_fast.group_rewards import (
     ttrl,
     user_reward,
 )
-from powerflow_fast.ops import linear_logprob_stats
 
 
 def box(answer: str | None) -> str:

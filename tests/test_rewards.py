@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.rewards import boxed_answer, format_penalties, resolve_format
+from powerflow_fast.rewards import boxed_answer
+from powerflow_fast.rewards.formats import format_penalties, resolve_format
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from powerflow_fast.group_rewards import RewardInputs, user_reward
-from powerflow_fast.rewards import format_penalties
+from powerflow_fast.rewards import RewardInputs, user_reward
+from powerflow_fast.rewards.formats import format_penalties
 from powerflow_fast.scorers import NamedScorer
 from powerflow_fast.tools.user_functions import Columns, number_of
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from powerflow_fast.answers import extract_answer
+from powerflow_fast.rewards import extract_answer
 
 STRATEGIES = {"left": 0.35, "right": 0.2, "check": 0.15, "brief": 0.2, "direct": 0.1}
 STEP_ERROR, DIRECT_ERROR = 0.2, 0.4

@@ -43,14 +43,11 @@ from ..models.adapters import unwrap_peft  # noqa: E402
 from ..models.batches import Batch, pad_batch  # noqa: E402
 from ..models.loading import pad_token_id, weights_fingerprint  # noqa: E402
 from ..models.logprob_model import CausalLMScorer, make_base  # noqa: E402
-from ..models.modes import (  # noqa: E402
-    disable_dropout,
-    evaluating,
-)
+from ..models.modes import disable_dropout, evaluating  # noqa: E402
 from ..objectives.log_z import LogZHead  # noqa: E402
 from ..ops.la_tb import group_log_z, la_tb_loss  # noqa: E402
 from ..ops.segments import segment_sum  # noqa: E402
-from ..rewards import format_penalties, resolve_format  # noqa: E402
+from ..rewards.formats import format_penalties, resolve_format  # noqa: E402
 from ..rollout import own_generation_config_aside  # noqa: E402
 from ..tools.random_state import seeded  # noqa: E402
 

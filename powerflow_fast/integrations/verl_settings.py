@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, suggest
-from ..rewards import FORMATS, FormatFn
+from ..rewards.formats import FORMATS, FormatFn
 
 __all__ = ["PowerFlowSettings", "actor_clip", "check_actor"]
 

@@ -15,7 +15,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_to_nested
 
-from ..rewards import format_penalties
+from ..rewards.formats import format_penalties
 from .verl_loss import PowerFlowTargets, powerflow_targets
 from .verl_settings import PowerFlowSettings
 

@@ -12,18 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import ConfigError, suggest
-
-__all__ = [
-    "EQUIVALENCES",
-    "cluster_answers",
-    "extract_answer",
-    "math_verify_library",
-    "normalized_answer",
-    "resolve_equivalence",
-    "same_answer",
-    "same_answer_math",
-]
+from ..errors import ConfigError, suggest
 
 Equivalence = Callable[[str, str], bool]
 

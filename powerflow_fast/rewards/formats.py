@@ -10,11 +10,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..errors import ConfigError, suggest
+from ..tools.user_functions import Columns
 from .answers import extract_answer
-from .errors import ConfigError, suggest
-from .tools.user_functions import Columns
-
-__all__ = ["FORMATS", "boxed_answer", "format_penalties", "resolve_format"]
 
 FormatFn = Callable[..., bool]
 
