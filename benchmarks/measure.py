@@ -78,9 +78,10 @@ SOURCES = {
     ("linear_la_tb_loss", "triton"): _HEAD_TRITON + _LOSS + _ONE_PASS + ("kernels/scale.py",),
     ("la_tb_loss", "compiled"): _LOSS,
     ("rollout", "torch"): (
-        "package/rollout.py",
-        "package/rollout_continuous.py",
-        "package/rollout_vllm.py",
+        "package/rollout/engine.py",
+        "package/rollout/generate.py",
+        "package/rollout/continuous.py",
+        "package/rollout/vllm.py",
         "package/tools/random_state.py:seeded",
     ),
     ("update", "torch"): _HEAD_TORCH + _LOSS + _UPDATE,

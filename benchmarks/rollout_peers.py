@@ -15,8 +15,7 @@ from measure import Outputs
 from providers import Provider
 from rollout_case import RolloutCase, RolloutInputs, rollout_inputs
 
-from powerflow_fast.rollout import HFGenerateEngine, RolloutEngine
-from powerflow_fast.rollout_continuous import ContinuousBatchingEngine
+from powerflow_fast.rollout import ContinuousBatchingEngine, HFGenerateEngine, RolloutEngine
 
 _TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None)
 
@@ -49,7 +48,7 @@ def _serve_vllm(connection: Connection, case: RolloutCase, device: str) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from powerflow_fast.config import PowerFlowConfig
-    from powerflow_fast.rollout_vllm import VLLMEngine
+    from powerflow_fast.rollout import VLLMEngine
 
     inputs = rollout_inputs(case, torch.device(device))
     with tempfile.TemporaryDirectory() as folder:  # vLLM starts from one

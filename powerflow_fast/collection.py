@@ -17,7 +17,7 @@ from .ops.logprobs import LogprobStats
 from .replay import ReplayBatch, ReplayBuffer
 from .rewards.formats import FormatFn, format_penalties
 from .rewards.reward import RewardInputs, RewardSum
-from .rollout import Rollout, RolloutEngine
+from .rollout.engine import Rollout, RolloutEngine
 from .samples import Samples
 from .tools.random_state import seed_of
 from .update import Policy, Updater

@@ -28,7 +28,7 @@ from .models.loading import load_model
 from .models.logprob_model import CausalLMScorer
 from .ops.segments import segment_sum
 from .report import Sample, format_samples, write_samples
-from .rollout import HFGenerateEngine
+from .rollout.generate import HFGenerateEngine
 from .smollm2 import smollm2_model
 from .tools.tables import format_table
 

@@ -13,7 +13,7 @@ from torch import nn
 from .data import PromptRow, encode_prompt
 from .errors import ConfigError
 from .models.loading import max_positions
-from .seeded_decoding import SeededDecoder
+from .rollout.seeded import SeededDecoder
 
 __all__ = ["Completion", "ModelSampler", "check_number"]
 

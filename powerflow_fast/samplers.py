@@ -11,7 +11,7 @@ from torch import nn
 from .data import PromptRow
 from .errors import ConfigError, suggest
 from .power_sampling import PowerSampler
-from .rollout import RolloutEngine
+from .rollout.engine import RolloutEngine
 from .sampler_base import Completion, ModelSampler, check_number
 from .tools.random_state import random_stream, stream_seed
 from .verbalized import VerbalizedSampler
@@ -44,7 +44,7 @@ class TemperatureSampler(ModelSampler):
     to. ``temperature=0`` takes the most likely token each time, so that all completions of a row are equal.
 
     Without an engine, a completion depends on its own random numbers, and on the others of its batch by the rounding of
-    the logits alone (:class:`~powerflow_fast.seeded_decoding.SeededDecoder`); sample j of a row is the same whatever
+    the logits alone (:class:`~powerflow_fast.rollout.seeded.SeededDecoder`); sample j of a row is the same whatever
     ``num_samples`` is. An engine is called once for each row, with a seed made of ``seed`` and the row's prompt: to the
     bit, if it keeps the promise of :class:`RolloutEngine`, with batches no larger than ``num_samples``.
 

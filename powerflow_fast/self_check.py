@@ -22,7 +22,7 @@ from .models.loading import pad_token_id
 from .models.logprob_model import CausalLMScorer
 from .models.modes import evaluating
 from .models.packed_attention import break_even
-from .rollout import RolloutEngine
+from .rollout.engine import RolloutEngine
 
 __all__ = ["check_packing", "self_check"]
 

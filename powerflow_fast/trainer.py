@@ -12,7 +12,7 @@ from .config.options import PowerFlowConfig
 from .preparation import check_arguments
 from .results import StepReport, TrainResult
 from .rewards.formats import FormatFn
-from .rollout import RolloutEngine
+from .rollout.engine import RolloutEngine
 from .training_run import EvalFn, Run
 
 __all__ = ["StepReport", "TrainResult", "train"]

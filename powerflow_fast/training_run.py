@@ -50,8 +50,8 @@ from .preparation import (
 from .replay import ReplayBuffer
 from .results import StepReport, TrainResult, write_results
 from .rewards.formats import resolve_format
-from .rollout import RolloutEngine
-from .rollout_choice import check_rollout_config, logp_gap, make_engine
+from .rollout.choice import check_rollout_config, logp_gap, make_engine
+from .rollout.engine import RolloutEngine
 from .run_log import RunLog
 from .run_state import RunState, find_checkpoint
 from .samples import Samples

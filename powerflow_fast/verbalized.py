@@ -16,8 +16,8 @@ from torch import nn
 from .data import PromptRow
 from .errors import ConfigError
 from .models.loading import max_positions
+from .rollout.seeded import Draw
 from .sampler_base import Completion, ModelSampler, check_number
-from .seeded_decoding import Draw
 from .tools.random_state import random_stream
 
 __all__ = ["INSTRUCTION", "VerbalizedSampler", "read_answers"]

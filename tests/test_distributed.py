@@ -25,7 +25,8 @@ sys.path.insert(0, sys.argv[1])
 import accelerate, torch
 torch.set_num_threads(1)
 import powerflow_fast
-from powerflow_fast import rollout, rollout_choice
+from powerflow_fast import rollout
+from powerflow_fast.rollout import choice
 from powerflow_fast.models import sharding
 from tiny import tiny_model, tiny_tokenizer
 
@@ -42,7 +43,7 @@ class Fixed(rollout.HFGenerateEngine):
         ids = [list(p) for p in prompts]
         return rollout.Rollout(ids, completions, [False] * len(ids), None, self.weight_version)
 
-rollout_choice.HFGenerateEngine = Fixed
+choice.HFGenerateEngine = Fixed
 
 def run(log_z, name, max_steps, resume=None):
     result = powerflow_fast.train(

@@ -7,7 +7,8 @@ import torch
 from tiny import EOS, PAD, VOCAB, one_thread, ragged_ids, tiny_model, tiny_tokenizer  # noqa: F401
 
 from powerflow_fast.models import CausalLMScorer, add_lora, pad_batch
-from powerflow_fast.rollout import HFGenerateEngine, eos_token_ids
+from powerflow_fast.rollout import HFGenerateEngine
+from powerflow_fast.rollout.engine import eos_token_ids
 
 PROMPTS = ragged_ids([3, 1, 7, 2, 3], seed=3)
 HOSTILE = {

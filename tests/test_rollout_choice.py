@@ -11,9 +11,11 @@ from test_rollout_vllm import FakeLLM, stand_ins  # noqa: F401
 from test_trainer import run
 from tiny import one_thread, ragged_ids, tiny_model, tiny_tokenizer  # noqa: F401
 
-from powerflow_fast import PowerFlowConfig, rollout, rollout_choice
+from powerflow_fast import PowerFlowConfig
 from powerflow_fast.errors import ConfigError, RolloutError
-from powerflow_fast.rollout_choice import check_rollout_config, logp_gap, make_engine
+from powerflow_fast.rollout import choice as rollout_choice
+from powerflow_fast.rollout import generate
+from powerflow_fast.rollout.choice import check_rollout_config, logp_gap, make_engine
 
 PROMPTS = ragged_ids([9, 4, 12], seed=2)
 GAPS = ("rollout_logp_gap_mean", "rollout_logp_gap_max")
@@ -110,7 +112,7 @@ def test_generate_gives_log_probs_only_where_they_serve(tmp_path):
 
 def test_engine_log_probs_serve_as_old_ones_only_when_asked(tmp_path, monkeypatch):
     """An engine whose log-probs are half a nat too high a sequence: the ratio of policies is then exp(-1/2)."""
-    original = rollout.HFGenerateEngine.generate
+    original = generate.HFGenerateEngine.generate
 
     def boastful(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
@@ -118,7 +120,7 @@ def test_engine_log_probs_serve_as_old_ones_only_when_asked(tmp_path, monkeypatc
             row[0] += 0.5
         return result
 
-    monkeypatch.setattr(rollout.HFGenerateEngine, "generate", boastful)
+    monkeypatch.setattr(generate.HFGenerateEngine, "generate", boastful)
     options = {"max_steps": 1, "self_check": False, "importance_clip": (0.1, 3.0), "bf16": False}
     without = run(tmp_path, name="without", **options).history[0]
     assert without["importance_weight"] == 1
@@ -150,6 +152,6 @@ def test_an_engine_with_older_weights_is_refused(tmp_path, monkeypatch):
     def late(self, version):
         self.weight_version = max(version - 1, 0)
 
-    monkeypatch.setattr(rollout.HFGenerateEngine, "sync", late)
+    monkeypatch.setattr(generate.HFGenerateEngine, "sync", late)
     with pytest.raises(RolloutError, match="sampled from the weights of step 0, not of step 1"):
         run(tmp_path)

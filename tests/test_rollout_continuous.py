@@ -15,7 +15,8 @@ from transformers.generation.continuous_batching import cache as paged
 
 from powerflow_fast.errors import ConfigError, RolloutError
 from powerflow_fast.models import CausalLMScorer, add_lora, pad_batch
-from powerflow_fast.rollout_continuous import ContinuousBatchingEngine, batching_config
+from powerflow_fast.rollout import ContinuousBatchingEngine
+from powerflow_fast.rollout.continuous import batching_config
 
 
 def engine(model, tokenizer=None, **options):

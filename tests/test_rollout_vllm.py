@@ -19,8 +19,8 @@ from tiny import EOS, PAD, one_thread, tiny_model, tiny_tokenizer  # noqa: F401
 from powerflow_fast import PowerFlowConfig
 from powerflow_fast.errors import ConfigError, RolloutError
 from powerflow_fast.models import CausalLMScorer, add_lora, pad_batch
-from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.rollout_vllm import VLLMEngine, _pack_tied_heads_again, named_weights
+from powerflow_fast.rollout import HFGenerateEngine, VLLMEngine
+from powerflow_fast.rollout.vllm import _pack_tied_heads_again, named_weights
 
 
 class Remote:

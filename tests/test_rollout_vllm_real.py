@@ -12,7 +12,7 @@ from tiny import EOS, PAD, tiny_tokenizer
 
 from powerflow_fast import PowerFlowConfig
 from powerflow_fast.models import CausalLMScorer, pad_batch
-from powerflow_fast.rollout_vllm import VLLMEngine
+from powerflow_fast.rollout import VLLMEngine
 
 pytest.importorskip("vllm")
 

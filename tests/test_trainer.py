@@ -11,7 +11,7 @@ import transformers as tf
 from tiny import tiny_model, tiny_tokenizer
 
 import powerflow_fast
-from powerflow_fast import PowerFlowConfig, rollout, training_run
+from powerflow_fast import PowerFlowConfig, training_run
 from powerflow_fast.checkpoint import load_checkpoint
 from powerflow_fast.errors import (
     CheckpointError,
@@ -22,6 +22,7 @@ from powerflow_fast.errors import (
     OutputDirError,
     SelfCheckError,
 )
+from powerflow_fast.rollout import generate
 
 PROMPTS = ["one ", "two and ", "three "]
 FAST = {
@@ -386,12 +387,12 @@ def test_bad_input_is_refused_before_the_first_step(case, tmp_path):
 
 
 def test_a_rollout_that_is_not_what_is_scored_is_refused(tmp_path, monkeypatch):
-    original = rollout.HFGenerateEngine.__init__
+    original = generate.HFGenerateEngine.__init__
 
     def hotter(self, *args, temperature, **kwargs):
         original(self, *args, temperature=2 * temperature, **kwargs)
 
-    monkeypatch.setattr(rollout.HFGenerateEngine, "__init__", hotter)
+    monkeypatch.setattr(generate.HFGenerateEngine, "__init__", hotter)
     with pytest.raises(SelfCheckError, match="samples at temperature 2"):
         run(tmp_path)
 

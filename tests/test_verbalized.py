@@ -11,8 +11,8 @@ from tiny import CHAT_TEMPLATE, EOS, SPECIAL, one_thread, tiny_model, tiny_token
 
 from powerflow_fast.data import PromptRow
 from powerflow_fast.errors import ConfigError
+from powerflow_fast.rollout.seeded import Draw
 from powerflow_fast.samplers import resolve_sampler
-from powerflow_fast.seeded_decoding import Draw
 from powerflow_fast.verbalized import VerbalizedSampler, read_answers
 
 ROWS = [PromptRow("tell a joke"), PromptRow("name a colour"), PromptRow([{"role": "user", "content": "say {hi}"}])]

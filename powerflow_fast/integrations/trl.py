@@ -48,7 +48,7 @@ from ..objectives.log_z import LogZHead  # noqa: E402
 from ..ops.la_tb import group_log_z, la_tb_loss  # noqa: E402
 from ..ops.segments import segment_sum  # noqa: E402
 from ..rewards.formats import format_penalties, resolve_format  # noqa: E402
-from ..rollout import own_generation_config_aside  # noqa: E402
+from ..rollout.generate import own_generation_config_aside  # noqa: E402
 from ..tools.random_state import seeded  # noqa: E402
 
 __all__ = ["PowerFlowTRLConfig", "PowerFlowTRLTrainer"]

@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
-from .errors import ConfigError, RolloutError
-from .models.adapters import unwrap_peft
-from .models.modes import evaluating
-from .rollout import ModelEngine, Rollout, cast_once, checked_prompts, finished_rollout, places_of
-from .tools.random_state import seeded
-
-__all__ = ["ContinuousBatchingEngine"]
+from ..errors import ConfigError, RolloutError
+from ..models.adapters import unwrap_peft
+from ..models.modes import evaluating
+from ..tools.random_state import seeded
+from .engine import ModelEngine, Rollout, cast_once, checked_prompts, finished_rollout, places_of
 
 # Keys and values are handed out in pages of so many tokens. Flash kernels read their tables in multiples of 256.
 _PAGE, _FLASH_PAGE = 16, 256
@@ -41,7 +39,7 @@ class ContinuousBatchingEngine(ModelEngine):
             2 * layers * key-value heads * head size * element size``, rounded up to whole pages.
         max_batch_tokens: most tokens, prompt and new ones, of one forward. Without a flash kernel the attention mask
             takes ``max_batch_tokens * (cache_tokens + max_batch_tokens)`` elements.
-        eos_ids: None finds them with :func:`powerflow_fast.rollout.eos_token_ids`.
+        eos_ids: None finds them with :func:`powerflow_fast.rollout.engine.eos_token_ids`.
         autocast: makes the context that the model runs in.
     """
 

@@ -12,11 +12,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, ModelError, RolloutError
-from .models.adapters import unwrap_peft
-from .models.loading import max_positions
-from .models.modes import evaluating
-from .rollout import ModelEngine, checked_prompts, own_generation_config_aside
+from ..errors import ConfigError, ModelError, RolloutError
+from ..models.adapters import unwrap_peft
+from ..models.loading import max_positions
+from ..models.modes import evaluating
+from .engine import ModelEngine, checked_prompts
+from .generate import own_generation_config_aside
 
 
 @dataclass(frozen=True)

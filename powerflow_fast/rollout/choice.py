@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config.options import PowerFlowConfig
-from .errors import ConfigError
-from .models.adapters import unwrap_peft
-from .models.modes import evaluating
-from .rollout import HFGenerateEngine, Rollout, RolloutEngine
-from .rollout_continuous import ContinuousBatchingEngine
-from .rollout_vllm import VLLMEngine
+from ..config.options import PowerFlowConfig
+from ..errors import ConfigError
+from ..models.adapters import unwrap_peft
+from ..models.modes import evaluating
+from .continuous import ContinuousBatchingEngine
+from .engine import Rollout, RolloutEngine
+from .generate import HFGenerateEngine
+from .vllm import VLLMEngine
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["check_rollout_config", "logp_gap", "make_engine", "probe_continuous"]
 
 _PROBE_PROMPTS, _PROBE_TOKENS = 4, 8
 

@@ -23,13 +23,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .config.options import PowerFlowConfig
-from .errors import ConfigError, RolloutError
-from .models.adapters import unwrap_peft
-from .models.loading import pad_token_id
-from .rollout import Rollout, checked_prompts, eos_token_ids, finished_rollout, places_of
-
-__all__ = ["VLLMEngine", "named_weights"]
+from ..config.options import PowerFlowConfig
+from ..errors import ConfigError, RolloutError
+from ..models.adapters import unwrap_peft
+from ..models.loading import pad_token_id
+from .engine import Rollout, checked_prompts, eos_token_ids, finished_rollout, places_of
 
 _CONCURRENT_REQUESTS = 64
 # Not the end of sequence in the model's folder ends a completion, but what is in stop_token_ids.
