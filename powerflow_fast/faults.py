@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .checkpoint import checkpoint_step
+from .checkpoints.folder import checkpoint_step
 from .config.options import PowerFlowConfig
 from .errors import NonFiniteLossError
 

@@ -10,14 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    optimizer_from_tensors,
-    optimizer_to_tensors,
-    rotate,
-    save_checkpoint,
-)
+from .checkpoints.folder import latest_checkpoint, load_checkpoint, rotate, save_checkpoint
+from .checkpoints.optimizer_state import optimizer_from_tensors, optimizer_to_tensors
 from .config.options import PowerFlowConfig
 from .errors import CheckpointError
 from .models.sharding import laid_out_as, whole

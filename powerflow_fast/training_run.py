@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from . import report
 from .alarms import Alarms
 from .alpha_control import make_alpha
-from .checkpoint import checkpoint_step, latest_checkpoint, prepare_output_dir
+from .checkpoints.folder import checkpoint_step, latest_checkpoint
+from .checkpoints.output_dir import prepare_output_dir
 from .collection import Collector
 from .config.options import PowerFlowConfig
 from .data import PromptDataset, encode_prompt, load_prompts

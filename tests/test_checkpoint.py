@@ -13,16 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from powerflow_fast import checkpoint as checkpoint_module
-from powerflow_fast.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    optimizer_from_tensors,
-    optimizer_to_tensors,
-    prepare_output_dir,
-    rotate,
-    save_checkpoint,
-)
+from powerflow_fast.checkpoints import folder as checkpoint_module
+from powerflow_fast.checkpoints.folder import latest_checkpoint, load_checkpoint, rotate, save_checkpoint
+from powerflow_fast.checkpoints.optimizer_state import optimizer_from_tensors, optimizer_to_tensors
+from powerflow_fast.checkpoints.output_dir import prepare_output_dir
 from powerflow_fast.errors import CheckpointError, OutputDirError
 from powerflow_fast.tools import provenance
 from powerflow_fast.tools.random_state import get_rng_state, set_rng_state
@@ -192,7 +186,7 @@ _FILL = """
 import os, resource, shutil, sys
 from pathlib import Path
 import torch
-from powerflow_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from powerflow_fast.checkpoints.folder import latest_checkpoint, load_checkpoint, save_checkpoint
 from powerflow_fast.errors import CheckpointError
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 if limit:
@@ -250,7 +244,7 @@ from pathlib import Path
 
 import torch
 
-from powerflow_fast.checkpoint import latest_checkpoint, load_checkpoint, rotate, save_checkpoint
+from powerflow_fast.checkpoints.folder import latest_checkpoint, load_checkpoint, rotate, save_checkpoint
 
 torch.set_num_threads(1)  # children are forked: no thread pool may exist yet
 folder, rng, done = Path(sys.argv[1]), random.Random(0), 0

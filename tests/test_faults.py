@@ -18,7 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from powerflow_fast import PowerFlowConfig, results, training_run
 from powerflow_fast.alarms import Alarms
-from powerflow_fast.checkpoint import latest_checkpoint, load_checkpoint
+from powerflow_fast.checkpoints.folder import latest_checkpoint, load_checkpoint
 from powerflow_fast.errors import NonFiniteLossError, OutputDirError, RunStopped
 from powerflow_fast.faults import Abandoned, StopRequest
 from powerflow_fast.tools.json_lines import HistoryWriter, read_history

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from powerflow_fast.checkpoint import checkpoint_step, latest_checkpoint
+from powerflow_fast.checkpoints.folder import checkpoint_step, latest_checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from powerflow_fast.checkpoint import load_checkpoint, save_checkpoint
+from powerflow_fast.checkpoints.folder import load_checkpoint, save_checkpoint
 from powerflow_fast.errors import CheckpointError
 from powerflow_fast.objectives import LogZTable
 from powerflow_fast.ops import la_tb_loss

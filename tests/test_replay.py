@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
-from powerflow_fast.checkpoint import load_checkpoint, save_checkpoint
+from powerflow_fast.checkpoints.folder import load_checkpoint, save_checkpoint
 from powerflow_fast.errors import CheckpointError
 from powerflow_fast.replay import ReplayBatch, ReplayBuffer
 

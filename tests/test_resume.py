@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_trainer import run, same, weights
 from tiny import tiny_model
 
-from powerflow_fast.checkpoint import latest_checkpoint
+from powerflow_fast.checkpoints.folder import latest_checkpoint
 from powerflow_fast.errors import CheckpointError, OutputDirError
 
 

@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import powerflow_fast
 from powerflow_fast import PowerFlowConfig, training_run
-from powerflow_fast.checkpoint import load_checkpoint
+from powerflow_fast.checkpoints.folder import load_checkpoint
 from powerflow_fast.errors import (
     CheckpointError,
     ConfigError,

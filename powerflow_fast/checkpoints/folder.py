@@ -14,27 +14,21 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import CheckpointError, OutputDirError
-from .models.sharding import laid_out_as
-from .tools.files import disk_full
-from .tools.provenance import git_commit
-from .version import __version__
+from ..errors import CheckpointError
+from ..tools.files import disk_full
+from ..version import __version__
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 _MANIFEST = "manifest.json"
-# What a run writes into its folder, besides run.json.
-_OURS = ("model", "adapter", "checkpoint-*", "history.*", "samples*", "completions.jsonl", "log_z_head.safetensors")
 _STATE = "state.json"
 
 
@@ -137,130 +131,6 @@ def rotate(output_dir: str | Path, limit: int | None) -> None:
         shutil.rmtree(doomed)
 
 
-def optimizer_to_tensors(
-    optimizer: torch.optim.Optimizer, param_names: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State and options of any torch optimizer as flat tensors (its own, not copies) and JSON.
-
-    ``param_names`` maps a stable name to each parameter of the optimizer, e.g. ``dict(model.named_parameters())``.
-    Nothing is cast, so :func:`optimizer_from_tensors` restores it bit for bit; ``Optimizer.load_state_dict`` casts
-    floating-point state to the parameter's dtype. A wrapper with an ``optimizer`` attribute (accelerate's) is opened.
-    """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    names = {id(p): name for name, p in param_names.items()}
-    tensors: dict[str, Tensor] = {}
-
-    def encode(value: Any, key: str) -> Any:
-        if isinstance(value, Tensor):
-            tensors[key] = value.detach()
-            return {"tensor": key, "cpu": value.device.type == "cpu"}
-        if isinstance(value, Mapping):
-            return {"dict": [[k, encode(v, f"{key}.{k}")] for k, v in value.items()]}
-        if isinstance(value, (list, tuple)):
-            kind = "list" if isinstance(value, list) else "tuple"
-            return {kind: [encode(v, f"{key}.{i}") for i, v in enumerate(value)]}
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return {"value": value}
-        raise CheckpointError(f"optimizer_to_tensors: cannot store {key}, a {type(value).__name__}")
-
-    groups, state = [], {}
-    for i, group in enumerate(optimizer.param_groups):
-        members = []
-        for p in group["params"]:
-            if id(p) not in names:
-                raise CheckpointError(f"optimizer_to_tensors: a parameter of shape {tuple(p.shape)} has no name")
-            members.append(names[id(p)])
-            if p in optimizer.state:
-                state[names[id(p)]] = encode(optimizer.state[p], f"state.{names[id(p)]}")
-        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        groups.append({"params": members, "options": encode(options, f"group.{i}")})
-    return tensors, {"class": type(optimizer).__name__, "groups": groups, "state": state}
-
-
-def optimizer_from_tensors(
-    optimizer: torch.optim.Optimizer,
-    param_names: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-) -> None:
-    """Restore what :func:`optimizer_to_tensors` returned into an optimizer over the same named parameters."""
-
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-
-    def decode(item: Mapping[str, Any], like: Tensor) -> Any:
-        if "tensor" in item:
-            # Adam keeps its step count on the CPU while its moments live beside the parameter.
-            value = tensors[item["tensor"]].to("cpu" if item["cpu"] else like.device, copy=True)
-            return laid_out_as(value, like)
-        if "dict" in item:
-            return {k: decode(v, like) for k, v in item["dict"]}
-        if "list" in item:
-            return [decode(v, like) for v in item["list"]]
-        if "tuple" in item:
-            return tuple(decode(v, like) for v in item["tuple"])
-        return item["value"]
-
-    names = {id(p): name for name, p in param_names.items()}
-    here = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
-    saved = [group["params"] for group in meta["groups"]]
-    if type(optimizer).__name__ != meta["class"] or here != saved:
-        raise CheckpointError(
-            f"optimizer_from_tensors: the checkpoint is of a {meta['class']} with {_sizes(saved)}, "
-            f"this is a {type(optimizer).__name__} with {_sizes(here)}, or their parameters differ in name or order"
-        )
-    optimizer.state.clear()
-    for group, stored in zip(optimizer.param_groups, meta["groups"], strict=True):
-        group.update(decode(stored["options"], torch.empty(0)))
-        for p in group["params"]:
-            if names[id(p)] in meta["state"]:
-                optimizer.state[p] = decode(meta["state"][names[id(p)]], p)
-
-
-def prepare_output_dir(path: str | Path, *, run_record: Mapping[str, Any], resume: bool) -> Path:
-    """Create ``path``, claim it for one run by writing ``run.json``, and return it.
-
-    ``run.json`` holds ``run_record`` (the config), the version and commit of powerflow_fast, and the start time;
-    resuming adds an entry to its ``resumed`` list. :class:`OutputDirError` if the folder is not writable, or holds a
-    run and ``resume`` is False.
-    """
-    path = Path(path)
-    record_file = path / "run.json"
-    now = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "version": __version__,
-        "commit": git_commit(),
-    }
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        taken = [] if record_file.exists() else sorted(p.name for name in _OURS for p in path.glob(name))
-        if taken:
-            raise OutputDirError(
-                f"output_dir {path} holds {', '.join(taken[:3])}, which no run of powerflow_fast put there and which "
-                "this run would replace; choose another output_dir"
-            )
-        if record_file.exists() and not resume:
-            newest = latest_checkpoint(path)
-            raise OutputDirError(
-                f"output_dir {path} already holds a run (newest checkpoint: {newest.name if newest else 'none'}). "
-                "Choose another output_dir, or continue that run with resume_from_checkpoint=True"
-            )
-        if record_file.exists():
-            record = json.loads(record_file.read_text(encoding="utf-8"))
-            record.setdefault("resumed", []).append(now)
-        else:
-            record = {**run_record, "started": now}
-        temporary = path / ".run.json.tmp"
-        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        temporary.replace(record_file)
-    except OutputDirError:
-        raise
-    except OSError as error:
-        raise OutputDirError(f"output_dir {path} is not writable: {error.strerror or error}") from error
-    except ValueError as error:
-        raise OutputDirError(f"{record_file}: not valid JSON: {error}; choose another output_dir") from error
-    return path
-
-
 def _untie(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """CPU tensors that own their memory, and ``{name: name of the identical tensor stored}`` for tied ones."""
     unique: dict[str, Tensor] = {}
@@ -342,7 +212,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sizes(groups: list[list[str]]) -> str:
-    return f"{len(groups)} group(s) of {[len(g) for g in groups]} parameters"
