@@ -12,7 +12,7 @@ from typing import Any
 
 from .comparison_data import DIVERSITY, QUALITY, MeasureRow, Run, costs, first_measured
 from .errors import DataError
-from .plots import running_mean
+from .report.history_plot import running_mean
 
 __all__ = ["COLORS", "THEME", "Picture", "draw_pictures", "shorten"]
 

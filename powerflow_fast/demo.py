@@ -27,7 +27,7 @@ from .estimates import Change, paired_change
 from .models.loading import load_model
 from .models.logprob_model import CausalLMScorer
 from .ops.segments import segment_sum
-from .report import Sample, format_samples, write_samples
+from .report.samples_page import Sample, format_samples, write_samples
 from .rollout.generate import HFGenerateEngine
 from .smollm2 import smollm2_model
 from .tools.tables import format_table

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import report
 from .config.options import PowerFlowConfig
 from .models.loading import save_model
 from .objectives.registry import OBJECTIVES
-from .plots import plot_history
+from .report import model_card, samples_page
+from .report.history_plot import plot_history
 from .tools.provenance import git_commit
 
 __all__ = ["StepReport", "TrainResult", "write_results"]
@@ -57,7 +57,7 @@ def write_results(
     tokenizer: Any,
     history: list[dict[str, float]],
     *,
-    samples: tuple[list[report.Sample], list[report.Sample]],
+    samples: tuple[list[samples_page.Sample], list[samples_page.Sample]],
     log_z_weights: dict[str, Tensor] | None,
     alpha: float,
     alpha_note: str | None,
@@ -75,7 +75,7 @@ def write_results(
     save_model(model, tokenizer, output_dir)
     if log_z_weights is not None:
         save_file(log_z_weights, output_dir / "log_z_head.safetensors")
-    report.write_model_card(
+    model_card.write_model_card(
         output_dir / "model",
         alpha=alpha,
         base_model=base_model,
@@ -91,7 +91,7 @@ def write_results(
         record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
         record["alpha"] = {"value": alpha, "note": alpha_note}
         (output_dir / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    report.write_samples(output_dir / "samples.md", *samples)
+    samples_page.write_samples(output_dir / "samples.md", *samples)
     if steps:
         options = {"alpha": alpha, "max_completion_length": config.max_completion_length, "objective": config.objective}
         plot_history(steps, output_dir / "history.png", **options)

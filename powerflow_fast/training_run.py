@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import report
 from .alarms import Alarms
 from .alpha_control import make_alpha
 from .checkpoints.folder import checkpoint_step, latest_checkpoint
@@ -49,6 +48,7 @@ from .preparation import (
     prompt_text,
 )
 from .replay import ReplayBuffer
+from .report import samples_page
 from .results import StepReport, TrainResult, write_results
 from .rewards.formats import resolve_format
 from .rollout.choice import check_rollout_config, logp_gap, make_engine
@@ -437,7 +437,7 @@ class Run:
             self.log.record(self.step, numbers)
         self.accelerator.wait_for_everyone()
 
-    def _draw_samples(self, count: int) -> list[report.Sample]:
+    def _draw_samples(self, count: int) -> list[samples_page.Sample]:
         """The same prompts and seed whenever it is called, so that before and after can be compared."""
         if not count:
             return []
@@ -447,14 +447,14 @@ class Run:
                 return []
             rollout = self.collector.draw(prompts, 0, 0, self.step)
         texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-        return [report.Sample(prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
+        return [samples_page.Sample(prompt_text(self.dataset[i].prompt), text) for i, text in enumerate(texts)]
 
-    def _samples_before(self) -> list[report.Sample]:
+    def _samples_before(self) -> list[samples_page.Sample]:
         path = self.output_dir / "samples_before.json"
         resumed = path.is_file()
         self.accelerator.wait_for_everyone()  # until all have looked, nobody writes it
         if resumed:  # a resumed run: its policy is no longer the one from before
-            return [report.Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
+            return [samples_page.Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))]
         samples = self._draw_samples(min(self.config.num_sample_prompts, len(self.dataset)))
         if self.is_main:
             rows = [asdict(sample) for sample in samples]
@@ -467,7 +467,7 @@ class Run:
         self.state.save(self.output_dir, self.step, self.samples if unfinished else None, self.accelerator)
         self.saved_step = self.step
 
-    def _finish(self, before: list[report.Sample]) -> None:
+    def _finish(self, before: list[samples_page.Sample]) -> None:
         from accelerate.utils import broadcast_object_list
 
         self.model.eval()

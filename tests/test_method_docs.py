@@ -12,7 +12,7 @@ from powerflow_fast import train
 from powerflow_fast.alarms import Alarms
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.objectives import OBJECTIVES
-from powerflow_fast.report import METRICS
+from powerflow_fast.report.metrics import METRICS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
 CONFIG = {field.name: field.default for field in dataclasses.fields(PowerFlowConfig)}

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from powerflow_fast.report import METRICS, Sample, format_samples, write_model_card, write_samples
+from powerflow_fast.report.metrics import METRICS
+from powerflow_fast.report.model_card import write_model_card
+from powerflow_fast.report.samples_page import Sample, format_samples, write_samples
 from powerflow_fast.tools import progress
 from powerflow_fast.tools.json_lines import HistoryWriter, read_history
 from powerflow_fast.tools.progress import ProgressLine
@@ -203,7 +205,7 @@ def test_plot(tmp_path, rows, options):
     import matplotlib
     from PIL import Image
 
-    from powerflow_fast.plots import plot_history
+    from powerflow_fast.report.history_plot import plot_history
 
     def settings():  # read raw: rcParams["backend"] would itself choose a backend
         return {key: dict.__getitem__(matplotlib.rcParams, key) for key in matplotlib.rcParams}
@@ -218,7 +220,7 @@ def test_plot(tmp_path, rows, options):
 def test_plot_draws_what_was_recorded(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    from powerflow_fast.plots import plot_history
+    from powerflow_fast.report.history_plot import plot_history
 
     drawn, texts = [], []
     plot, text = Axes.plot, Axes.text

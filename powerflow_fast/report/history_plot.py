@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_history", "running_mean"]
-
 _BLUE, _ORANGE, _GRID, _TEXT, _FAINT = "#1f6fb4", "#d9730d", "#e4e4e4", "#222222", "#6b6b6b"
 
 
