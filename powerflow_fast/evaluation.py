@@ -41,8 +41,8 @@ from .models.batches import runs
 from .models.loading import load_model
 from .models.modes import evaluating
 from .problems import ProblemSet, load_problems
-from .sampler_base import ModelSampler
-from .samplers import Sampler, resolve_sampler
+from .sampling.base import ModelSampler, Sampler
+from .sampling.registry import resolve_sampler
 from .scorers import Scorer, check_columns
 from .tools.files import finite_or_none
 from .tools.progress import ProgressLine
@@ -111,7 +111,7 @@ def evaluate(
         problems: as for :func:`powerflow_fast.problems.load_problems`.
         num_samples: completions of each problem; of given completions their own number.
         sampler: "temperature=1", "power:alpha=4", "verbalized:answers=5", or an object
-            (:mod:`powerflow_fast.samplers`).
+            (:mod:`powerflow_fast.sampling.registry`).
         scorer: a name, a function, None, or "auto" for the problem set's own.
         ks: the k of pass@k; None takes the powers of two up to ``num_samples``.
         measures: groups: "accuracy" (where there is a scorer), "length", "lexical", "semantic", "judge", "likelihood".

@@ -20,8 +20,7 @@ from powerflow_fast.evaluation_measures import MEASURES
 from powerflow_fast.evaluation_result import Evaluation
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.power_order import length_tilt
-from powerflow_fast.sampler_base import Completion
-from powerflow_fast.samplers import TemperatureSampler
+from powerflow_fast.sampling import Completion, TemperatureSampler
 from powerflow_fast.scorers import NamedScorer
 
 PROBLEMS = [{"prompt": "one plus one", "answer": "2"}, {"prompt": "two", "answer": "3"}, {"prompt": "3", "answer": "4"}]

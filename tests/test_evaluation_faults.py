@@ -22,7 +22,7 @@ from powerflow_fast.errors import (
 )
 from powerflow_fast.evaluation import during_training, evaluate
 from powerflow_fast.evaluation_result import Evaluation, describe_statistics
-from powerflow_fast.sampler_base import Completion
+from powerflow_fast.sampling import Completion
 
 PROBLEMS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+1=", "answer": "3"}, {"prompt": "what?", "answer": "a"}]
 SHORT = {"num_samples": 2, "scorer": "exact", "max_completion_length": 4, "measures": ["accuracy", "length"]}

@@ -15,11 +15,11 @@ from test_exact_target import total_variation
 from test_rollout import chi_square
 from tiny import EOS, one_thread, tiny_model, tiny_tokenizer  # noqa: F401
 
-from powerflow_fast import power_sampling
 from powerflow_fast.data import PromptRow
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.power_sampling import Paths, PowerSampler, block_ends, log_acceptance, power_chains
-from powerflow_fast.samplers import resolve_sampler
+from powerflow_fast.sampling import PowerSampler, resolve_sampler
+from powerflow_fast.sampling import power as power_sampling
+from powerflow_fast.sampling.power import Paths, block_ends, log_acceptance, power_chains
 
 V = 5
 A = PromptRow("a")

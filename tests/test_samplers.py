@@ -14,8 +14,7 @@ from powerflow_fast.errors import ConfigError, RolloutError
 from powerflow_fast.models import CausalLMScorer, pad_batch
 from powerflow_fast.rollout import HFGenerateEngine
 from powerflow_fast.rollout.seeded import SeededDecoder
-from powerflow_fast.sampler_base import Completion
-from powerflow_fast.samplers import SAMPLERS, Sampler, TemperatureSampler, resolve_sampler
+from powerflow_fast.sampling import SAMPLERS, Completion, Sampler, TemperatureSampler, resolve_sampler
 from powerflow_fast.tools.random_state import random_stream
 
 ROWS = [PromptRow(text) for text in ("abc", "a", "hello there", "no", "abd")]

@@ -12,8 +12,8 @@ from tiny import CHAT_TEMPLATE, EOS, SPECIAL, one_thread, tiny_model, tiny_token
 from powerflow_fast.data import PromptRow
 from powerflow_fast.errors import ConfigError
 from powerflow_fast.rollout.seeded import Draw
-from powerflow_fast.samplers import resolve_sampler
-from powerflow_fast.verbalized import VerbalizedSampler, read_answers
+from powerflow_fast.sampling import VerbalizedSampler, resolve_sampler
+from powerflow_fast.sampling.verbalized import read_answers
 
 ROWS = [PromptRow("tell a joke"), PromptRow("name a colour"), PromptRow([{"role": "user", "content": "say {hi}"}])]
 REPLY = 'Sure:\n<answer probability="0.6">one</answer>\n<answer probability="0.2">two</answer>\n'

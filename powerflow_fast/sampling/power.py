@@ -14,12 +14,10 @@ import numpy
 from numpy.typing import NDArray
 from torch import nn
 
-from .data import PromptRow
-from .errors import ConfigError
-from .sampler_base import Completion, ModelSampler, check_number
-from .tools.random_state import random_stream
-
-__all__ = ["Paths", "PowerDraw", "PowerSampler", "Propose", "block_ends", "log_acceptance", "power_chains"]
+from ..data import PromptRow
+from ..errors import ConfigError
+from ..tools.random_state import random_stream
+from .base import Completion, ModelSampler, check_number
 
 Floats = NDArray[numpy.float64]
 Ints = NDArray[numpy.int64]
@@ -183,7 +181,7 @@ class PowerSampler(ModelSampler):
         steps: moves of each block; with more, the result comes closer to the target.
         proposal_temperature: None is 1/alpha. Any temperature > 0 has the same target; it changes how fast it is
             reached.
-        common: as for :class:`~powerflow_fast.samplers.TemperatureSampler`.
+        common: as for :class:`~powerflow_fast.sampling.TemperatureSampler`.
 
     Raises:
         ConfigError: an argument out of range.
@@ -222,7 +220,7 @@ class PowerSampler(ModelSampler):
         self.statistics: dict[str, int] = dict.fromkeys(names, 0)
 
     def sample(self, rows: Sequence[PromptRow], *, num_samples: int, seed: int) -> list[list[Completion]]:
-        """See :meth:`powerflow_fast.samplers.Sampler.sample`."""
+        """See :meth:`powerflow_fast.sampling.Sampler.sample`."""
         check_number("sample", "num_samples", num_samples, least=1, whole=True)
         prompts = [prompt for prompt in self.encode(rows) for _ in range(num_samples)]
         if not prompts:

@@ -13,14 +13,12 @@ from typing import Any
 import numpy
 from torch import nn
 
-from .data import PromptRow
-from .errors import ConfigError
-from .models.loading import max_positions
-from .rollout.seeded import Draw
-from .sampler_base import Completion, ModelSampler, check_number
-from .tools.random_state import random_stream
-
-__all__ = ["INSTRUCTION", "VerbalizedSampler", "read_answers"]
+from ..data import PromptRow
+from ..errors import ConfigError
+from ..models.loading import max_positions
+from ..rollout.seeded import Draw
+from ..tools.random_state import random_stream
+from .base import Completion, ModelSampler, check_number
 
 INSTRUCTION = """\
 Do not answer the request below just once. Write {answers} different answers to it, as though each were drawn at \
@@ -82,7 +80,7 @@ class VerbalizedSampler(ModelSampler):
         temperature: that replies are decoded at, >= 0.
         reply_length: most tokens of a reply; None is ``answers * max_completion_length``, or what the model has
             positions for.
-        common: as for :class:`~powerflow_fast.samplers.TemperatureSampler`.
+        common: as for :class:`~powerflow_fast.sampling.TemperatureSampler`.
 
     Raises:
         ConfigError: an argument out of range, or a tokenizer without a chat template: a model that was never taught to
@@ -122,7 +120,7 @@ class VerbalizedSampler(ModelSampler):
         self.statistics: dict[str, int] = dict.fromkeys(names, 0)
 
     def sample(self, rows: Sequence[PromptRow], *, num_samples: int, seed: int) -> list[list[Completion]]:
-        """See :meth:`powerflow_fast.samplers.Sampler.sample`."""
+        """See :meth:`powerflow_fast.sampling.Sampler.sample`."""
         check_number("sample", "num_samples", num_samples, least=1, whole=True)
         direct, asking = self.encode(rows), self.encode([self._asking(row) for row in rows])
         places = [(row, j) for row in range(len(rows)) for j in range(num_samples)]

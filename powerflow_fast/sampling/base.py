@@ -6,16 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
-from .data import PromptRow, encode_prompt
-from .errors import ConfigError
-from .models.loading import max_positions
-from .rollout.seeded import SeededDecoder
-
-__all__ = ["Completion", "ModelSampler", "check_number"]
+from ..data import PromptRow, encode_prompt
+from ..errors import ConfigError
+from ..models.loading import max_positions
+from ..rollout.seeded import SeededDecoder
 
 
 @dataclass(frozen=True)
@@ -113,3 +111,21 @@ def check_number(where: str, name: str, value: Any, *, least: float, whole: bool
     if not right or not math.isfinite(value) or value < least or (above and value == least):
         wanted = f"{'an integer' if whole else 'a number'} {'>' if above else '>='} {least}"
         raise ConfigError(f"{where}: {name} must be {wanted}, got {value!r}")
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws completions of prompts.
+
+    What is drawn for a row depends on the seed, the row's prompt, the weights and ``settings``, and not on which other
+    rows are in the call. Rows with the same prompt get the same completions.
+    """
+
+    name: str
+    """As tables show it: ``temperature 1``, ``power sampling α=4``."""
+    settings: dict[str, Any]
+    """All that the draws depend on beside weights, prompts and seed; JSON-able."""
+
+    def sample(self, rows: Sequence[PromptRow], *, num_samples: int, seed: int) -> list[list[Completion]]:
+        """``num_samples`` completions of each row."""
+        ...
