@@ -62,7 +62,7 @@ _LOSS = (
     "package/ops/checks.py:check_clip,ImportanceLevel",
 )
 _ONE_PASS = ("package/ops/linear_la_tb.py", "package/ops/segments.py:segment_sum,check_cu_seqlens")
-_UPDATE_MODULES = ("update", "samples", "objectives/log_z")
+_UPDATE_MODULES = ("training/update", "training/policy", "training/samples", "objectives/log_z")
 _UPDATE_MODULES += ("models/logprob_model", "models/head", "models/modes", "models/batches", "models/packed_attention")
 _UPDATE_MODULES += ("models/adapters",)
 _UPDATE_MODULES += ("objectives/trajectories", "objectives/trajectory_balance", "objectives/residual_losses")

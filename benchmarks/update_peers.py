@@ -21,9 +21,10 @@ from update_case import ALPHA, GROUP, UpdateCase, UpdateInputs, sharing
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.models import BaseScorer, CausalLMScorer, pad_batch
 from powerflow_fast.models.batches import PaddedBatch
-from powerflow_fast.preparation import choose_packing, make_accelerator
-from powerflow_fast.samples import Samples
-from powerflow_fast.update import Policy, Updater
+from powerflow_fast.training.policy import Policy
+from powerflow_fast.training.prepare import choose_packing, make_accelerator
+from powerflow_fast.training.samples import Samples
+from powerflow_fast.training.update import Updater
 
 
 def optimise(inputs: UpdateInputs) -> None:

@@ -43,10 +43,10 @@ from .version import __version__ as __version__  # noqa: E402
 compiled_products_run()  # It asks by running one, which the fake tensors of a compiler that traces us could not.
 
 if TYPE_CHECKING:
-    from .evaluation import evaluate
-    from .evaluation_result import Evaluation
-    from .results import StepReport, TrainResult
-    from .trainer import train
+    from .evaluation.evaluate import evaluate
+    from .evaluation.result import Evaluation
+    from .training.result import StepReport, TrainResult
+    from .training.train import train
 
 __all__ = [
     "Evaluation",
@@ -74,10 +74,10 @@ __all__ = [
 # Imported when they are first asked for: who wants the kernels only should not wait for transformers.
 _LAZY = {
     "Evaluation": "evaluation",
-    "StepReport": "trainer",
-    "TrainResult": "trainer",
+    "StepReport": "training",
+    "TrainResult": "training",
     "evaluate": "evaluation",
-    "train": "trainer",
+    "train": "training",
 }
 
 

@@ -140,7 +140,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{path}, command line: {error}" if path else str(error)) from error
     alpha, format_fn = config.require_alpha(), resolve_format(format_name)
 
-    from .trainer import train  # loads transformers: the errors above come at once
+    from .training.train import train  # loads transformers: the errors above come at once
 
     result = train(model, prompts, alpha=alpha, config=config, format_fn=format_fn)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -14,9 +14,9 @@ from .comparison_figures import draw_pictures
 from .comparison_html import render_html
 from .comparison_markdown import render_markdown
 from .errors import DataError, OutputDirError
-from .estimates import Measure
-from .evaluation_files import COMPLETIONS, RESULT, read_result
-from .evaluation_result import Evaluation
+from .evaluation.result import Evaluation
+from .evaluation.statistics import Measure
+from .evaluation.store import COMPLETIONS, RESULT, read_result
 from .tools.json_lines import read_history
 from .version import __version__
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .estimates import Change, Measure, paired_change, pass_at_k
-from .evaluation_measures import MEASURES, correct_counts
-from .evaluation_result import describe_statistics
+from .evaluation.measures import MEASURES, correct_counts
+from .evaluation.result import describe_statistics
+from .evaluation.statistics import Change, Measure, paired_change, pass_at_k
 
 __all__ = [
     "DIVERSITY",

@@ -18,12 +18,13 @@ import numpy
 import torch
 from torch import nn
 
-from .completion_scores import scored_batches
 from .config.options import PowerFlowConfig
 from .data import PromptRow, encode_prompt
-from .demo_prompts import DemoPrompt, demo_prompts, reasoning_score
-from .diversity import distinct_n
-from .estimates import Change, paired_change
+from .demo_prompts import demo_prompts, reasoning_score
+from .evaluation.creative_prompts import DemoPrompt
+from .evaluation.diversity import distinct_n
+from .evaluation.likelihoods import scored_batches
+from .evaluation.statistics import Change, paired_change
 from .models.loading import load_model
 from .models.logprob_model import CausalLMScorer
 from .ops.segments import segment_sum
@@ -195,7 +196,7 @@ def run_demo(
     seconds: dict[str, float] = {}
 
     with _phase(seconds, "model", "preparing the model (the first time it is converted, about half a minute)"):
-        from .trainer import train  # with the libraries that it loads
+        from .training.train import train  # with the libraries that it loads
 
         folder = smollm2_model() if model is None else Path(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"

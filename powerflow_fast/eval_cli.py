@@ -103,8 +103,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     options["scorer"] = _scorer(given.get("scorer", "auto"))
     judge = _judge(given)
 
-    from .evaluation import evaluate  # loads transformers: the errors above come at once
-    from .evaluation_result import describe_statistics
+    from .evaluation.evaluate import evaluate  # loads transformers: the errors above come at once
+    from .evaluation.result import describe_statistics
 
     if "tokenizer" in given:
         options["tokenizer"] = _tokenizer(given["tokenizer"])
@@ -135,7 +135,7 @@ def _judge(given: dict[str, Any]) -> Any:
             key = Path(given["judge_key_file"]).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--judge-key-file {given['judge_key_file']}: cannot be read ({error})") from error
-    from .judge import Judge
+    from .evaluation.judge import Judge
 
     folder = given.get("output_dir")
     try:

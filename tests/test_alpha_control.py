@@ -14,8 +14,7 @@ from test_trainer import run, same, weights
 from tiny import one_thread  # noqa: F401
 
 import powerflow_fast
-from powerflow_fast import PowerFlowConfig, la_tb_loss, training_run
-from powerflow_fast.alpha_control import HIGH, Alpha
+from powerflow_fast import PowerFlowConfig, la_tb_loss
 from powerflow_fast.config import load_config
 from powerflow_fast.config.fields import AlphaRequest
 from powerflow_fast.config.files import parse_value, read_yaml
@@ -23,8 +22,10 @@ from powerflow_fast.errors import ConfigError
 from powerflow_fast.objectives import LogZHead, LogZTable
 from powerflow_fast.ops import segment_sum
 from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.samples import Samples
-from powerflow_fast.update import Updater
+from powerflow_fast.training import run as training_run
+from powerflow_fast.training.alpha_search import HIGH, Alpha
+from powerflow_fast.training.samples import Samples
+from powerflow_fast.training.update import Updater
 
 ALONE = SimpleNamespace(reduce=lambda values, reduction: values)
 

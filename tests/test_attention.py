@@ -11,7 +11,6 @@ from test_trainer import run
 from tiny import one_thread, tiny_model  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-from powerflow_fast import preparation
 from powerflow_fast.models import CausalLMScorer, add_lora, pack_batch, pad_batch
 from powerflow_fast.models.packed_attention import (
     VARLEN,
@@ -22,7 +21,8 @@ from powerflow_fast.models.packed_attention import (
     varlen_attention,
     varlen_available,
 )
-from powerflow_fast.self_check import check_packing
+from powerflow_fast.training import prepare
+from powerflow_fast.training.self_check import check_packing
 
 
 def model_on(device, dtype, own="sdpa"):
@@ -200,7 +200,7 @@ def test_varlen_refuses_padding_on_the_left(varlen):
 
 def test_an_attention_that_fails_leaves_packing_to_the_models_own(tmp_path, monkeypatch, caplog):
     """Here the kernel raises, since it exists for CUDA only."""
-    monkeypatch.setattr(preparation, "packed_attention", lambda *args, **kwargs: register_varlen())
+    monkeypatch.setattr(prepare, "packed_attention", lambda *args, **kwargs: register_varlen())
     with caplog.at_level("INFO", "powerflow_fast"):
         run(tmp_path, max_steps=1, packing="on", num_sample_prompts=1)
     assert "packed rows go through sdpa: check_packing" in caplog.text

@@ -23,7 +23,7 @@ def train(monkeypatch):
         calls.append((model, prompts, options))
         return SimpleNamespace(output_dir=options["config"].output_dir)
 
-    monkeypatch.setitem(sys.modules, "powerflow_fast.trainer", SimpleNamespace(train=fake))
+    monkeypatch.setitem(sys.modules, "powerflow_fast.training.train", SimpleNamespace(train=fake))
     return calls
 
 
@@ -133,7 +133,7 @@ def test_typed_errors_of_the_run(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setitem(sys.modules, "powerflow_fast.trainer", SimpleNamespace(train=fail))
+    monkeypatch.setitem(sys.modules, "powerflow_fast.training.train", SimpleNamespace(train=fail))
     error = CheckpointError("checkpoint-3: damaged")
     assert run() == 2
     assert capsys.readouterr().err == "powerflow-fast: error: checkpoint-3: damaged\n"

@@ -13,11 +13,11 @@ from test_trainer import run, same, weights
 from test_update import CUTS, everything, padded_in_one, samples_for, updater
 from tiny import EOS, one_thread, tiny_model  # noqa: F401
 
-from powerflow_fast import training_run
 from powerflow_fast.errors import CheckpointError, ConfigError, RolloutError
 from powerflow_fast.objectives import OBJECTIVES, Trajectories, resolve_objective
 from powerflow_fast.rewards import REWARDS
 from powerflow_fast.rollout import Rollout
+from powerflow_fast.training import run as training_run
 
 OPTIONS = {"alpha": 2.0, "num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 2, "log_z": "group"}
 

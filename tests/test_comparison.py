@@ -15,9 +15,8 @@ from powerflow_fast.comparison import write_comparison
 from powerflow_fast.comparison_data import choose_prompts, headline, interval, measure_rows, number
 from powerflow_fast.comparison_figures import shorten
 from powerflow_fast.errors import DataError, PowerFlowError
-from powerflow_fast.estimates import Change, Measure, mean_interval, paired_change, pass_at_k
-from powerflow_fast.evaluation import evaluate
-from powerflow_fast.evaluation_result import Evaluation
+from powerflow_fast.evaluation import Evaluation, Measure, evaluate, mean_interval, paired_change, pass_at_k
+from powerflow_fast.evaluation.statistics import Change
 
 NAN = float("nan")
 QUESTIONS = ("How many primes lie below 40?", "What is the sum of the digits of 2^15?", "Solve 3x + 7 = 25 for x.")

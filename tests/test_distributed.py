@@ -17,7 +17,7 @@ from powerflow_fast import PowerFlowConfig
 from powerflow_fast.errors import ConfigError
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.models.sharding import shard
-from powerflow_fast.update import Policy
+from powerflow_fast.training.policy import Policy
 
 _SCRIPT = """
 import random, sys

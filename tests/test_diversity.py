@@ -9,8 +9,8 @@ import random
 import numpy
 import pytest
 
-from powerflow_fast.diversity import distinct_n, minilm_encoder, repetition, self_bleu, semantic_diversity
 from powerflow_fast.errors import ConfigError
+from powerflow_fast.evaluation.diversity import distinct_n, minilm_encoder, repetition, self_bleu, semantic_diversity
 
 
 def test_distinct_n():

@@ -10,8 +10,9 @@ from fractions import Fraction
 import numpy
 import pytest
 
-from powerflow_fast import estimates
-from powerflow_fast.estimates import Measure, mean_interval, paired_change, pass_at_k, percentiles, resampled_means
+from powerflow_fast.evaluation import Measure, mean_interval, paired_change, pass_at_k
+from powerflow_fast.evaluation import statistics as estimates
+from powerflow_fast.evaluation.statistics import percentiles, resampled_means
 
 # pass@k
 

@@ -10,7 +10,7 @@ import pytest
 from tiny import one_thread, tiny_model, tiny_tokenizer  # noqa: F401 - a fixture that works by itself
 
 from powerflow_fast.cli import main
-from powerflow_fast.judge import Judge
+from powerflow_fast.evaluation import Judge
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def calls(monkeypatch):
             table=lambda: "TABLE",
         )
 
-    monkeypatch.setitem(sys.modules, "powerflow_fast.evaluation", SimpleNamespace(evaluate=fake))
+    monkeypatch.setitem(sys.modules, "powerflow_fast.evaluation.evaluate", SimpleNamespace(evaluate=fake))
     return seen
 
 
@@ -73,10 +73,12 @@ def test_every_option_of_eval_is_one_of_evaluate(calls):
     import importlib
     import inspect
 
-    del sys.modules["powerflow_fast.evaluation"]
-    evaluate = importlib.import_module("powerflow_fast.evaluation").evaluate
+    del sys.modules["powerflow_fast.evaluation.evaluate"]
+    evaluate = importlib.import_module("powerflow_fast.evaluation.evaluate").evaluate
     known = inspect.signature(evaluate).parameters
-    sys.modules["powerflow_fast.evaluation"] = SimpleNamespace(evaluate=lambda *a, **k: calls.append(k) or 1 / 0)
+    sys.modules["powerflow_fast.evaluation.evaluate"] = SimpleNamespace(
+        evaluate=lambda *a, **k: calls.append(k) or 1 / 0
+    )
     numbers = "samples max-completion-length batch-size limit seed ks confidence alpha score-temperature"
     texts = "output-dir sampler scorer measures base completions name dtype system-prompt"
     words = [w for name in numbers.split() for w in (f"--{name}", "1")]

@@ -14,14 +14,12 @@ from tiny import one_thread, tiny_model, tiny_tokenizer  # noqa: F401 - a fixtur
 import powerflow_fast
 from powerflow_fast.data import encode_prompt
 from powerflow_fast.errors import ConfigError, DataError, JudgeError, OutputDirError, PowerFlowError, ScorerError
-from powerflow_fast.estimates import mean_interval
-from powerflow_fast.evaluation import during_training, evaluate
-from powerflow_fast.evaluation_measures import MEASURES
-from powerflow_fast.evaluation_result import Evaluation
+from powerflow_fast.evaluation import Evaluation, during_training, evaluate, mean_interval
+from powerflow_fast.evaluation.alpha_fit import length_tilt
+from powerflow_fast.evaluation.measures import MEASURES
+from powerflow_fast.evaluation.scorers import NamedScorer
 from powerflow_fast.models import CausalLMScorer
-from powerflow_fast.power_order import length_tilt
 from powerflow_fast.sampling import Completion, TemperatureSampler
-from powerflow_fast.scorers import NamedScorer
 
 PROBLEMS = [{"prompt": "one plus one", "answer": "2"}, {"prompt": "two", "answer": "3"}, {"prompt": "3", "answer": "4"}]
 ANSWERS = [["2", "2", "5", "2"], ["4", "3", "4", None], [None, "", "x", "y"]]  # in the completions of the problems
@@ -265,7 +263,7 @@ def test_a_real_sampler_leaves_the_model_and_the_random_states_alone(tiny):
     assert (torch.rand(1).item(), random.random(), numpy.random.rand()) == wanted
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     model.eval()
-    rows = powerflow_fast.problems.load_problems(PROBLEMS).rows
+    rows = powerflow_fast.evaluation.load_problems(PROBLEMS).rows
     drawn = TemperatureSampler(model, tokenizer, max_completion_length=6).sample(rows, num_samples=2, seed=0)
     assert [c["ids"] for c in result.completions] == [c.ids for group in drawn for c in group]
     assert result.settings["sampler"] == "temperature 1" and result.settings["weights"]

@@ -20,8 +20,8 @@ from powerflow_fast.errors import (
     PowerFlowError,
     ScorerError,
 )
-from powerflow_fast.evaluation import during_training, evaluate
-from powerflow_fast.evaluation_result import Evaluation, describe_statistics
+from powerflow_fast.evaluation import Evaluation, during_training, evaluate
+from powerflow_fast.evaluation.result import describe_statistics
 from powerflow_fast.sampling import Completion
 
 PROBLEMS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+1=", "answer": "3"}, {"prompt": "what?", "answer": "a"}]
@@ -66,7 +66,7 @@ def run(tiny, problems=PROBLEMS, **options):
         ({"alpha": float("nan")}, "alpha must be a number that is finite, got nan"),
         ({"name": 3}, "name must be a text, got 3"),
         ({"base": 3}, "base must be a model, a name, a folder or 'adapter_off', got 3"),
-        ({"judge": 3}, "judge must be a powerflow_fast.judge.Judge, got 3"),
+        ({"judge": 3}, "judge must be a powerflow_fast.evaluation.Judge, got 3"),
         ({"encoder": 3}, "encoder must be a function of a list of texts, got 3"),
     ],
 )

@@ -16,13 +16,15 @@ import pytest
 from test_trainer import run, same, weights
 from tiny import tiny_model, tiny_tokenizer
 
-from powerflow_fast import PowerFlowConfig, results, training_run
-from powerflow_fast.alarms import Alarms
+from powerflow_fast import PowerFlowConfig
 from powerflow_fast.checkpoints.folder import latest_checkpoint, load_checkpoint
 from powerflow_fast.errors import NonFiniteLossError, OutputDirError, RunStopped
-from powerflow_fast.faults import Abandoned, StopRequest
 from powerflow_fast.tools.json_lines import HistoryWriter, read_history
 from powerflow_fast.tools.ngrams import repeated_ngrams
+from powerflow_fast.training import result as results
+from powerflow_fast.training import run as training_run
+from powerflow_fast.training.alarms import Alarms
+from powerflow_fast.training.signals import Abandoned, StopRequest
 
 TESTS = Path(__file__).parent
 

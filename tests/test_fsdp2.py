@@ -17,7 +17,7 @@ from powerflow_fast import LogZHead, la_tb_loss
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.models import pad_batch
 from powerflow_fast.models.sharding import assembled, shard, whole
-from powerflow_fast.update import Policy
+from powerflow_fast.training.policy import Policy
 from tiny import ragged_ids, tiny_model
 
 torch.set_num_threads(1)

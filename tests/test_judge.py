@@ -15,8 +15,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from powerflow_fast.errors import ConfigError, JudgeError
-from powerflow_fast.judge import Judge
-from powerflow_fast.judge_prompts import quality_prompt, read_quality, read_strategies, strategy_order, strategy_prompt
+from powerflow_fast.evaluation import Judge
+from powerflow_fast.evaluation.judge_prompts import (
+    quality_prompt,
+    read_quality,
+    read_strategies,
+    strategy_order,
+    strategy_prompt,
+)
 
 # Prompts and replies
 

@@ -95,7 +95,7 @@ def test_the_real_library_takes_our_flags():
 
 def test_a_run_is_patched_while_it_lasts(tmp_path, stand_in, monkeypatch):
     """Through train(), on a CPU that says it is a GPU to Liger alone; also when the set-up fails after the patch."""
-    from powerflow_fast import training_run
+    from powerflow_fast.training import run as training_run
 
     monkeypatch.setattr(training_run, "apply_liger", lambda models, mode, device: apply_liger(models, mode, CUDA))
     rope, seen = modeling_llama.apply_rotary_pos_emb, []

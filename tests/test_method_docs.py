@@ -9,10 +9,10 @@ from pathlib import Path
 from tiny import tiny_model, tiny_tokenizer
 
 from powerflow_fast import train
-from powerflow_fast.alarms import Alarms
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.objectives import OBJECTIVES
 from powerflow_fast.report.metrics import METRICS
+from powerflow_fast.training.alarms import Alarms
 
 PAGE = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
 CONFIG = {field.name: field.default for field in dataclasses.fields(PowerFlowConfig)}

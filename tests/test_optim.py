@@ -13,7 +13,7 @@ from torch import nn
 
 from powerflow_fast import LogZHead, PowerFlowConfig
 from powerflow_fast.errors import ConfigError
-from powerflow_fast.optim import make_optimizer
+from powerflow_fast.training.optimizer import make_optimizer
 
 CPU = torch.device("cpu")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from test_trainer import run, same, weights
 
-from powerflow_fast import update
 from powerflow_fast.errors import DeviceMemoryError
+from powerflow_fast.training import policy, update
 
 
 def small_memory(monkeypatch, most, *, in_backward=False):
     """Policy scores of more than ``most`` sequences run out of memory; returns the sizes that were tried."""
-    original, tried = update.Policy.forward, []
+    original, tried = policy.Policy.forward, []
 
     def forward(self, batch, **options):
         if in_backward and not torch.is_grad_enabled():
@@ -28,7 +28,7 @@ def small_memory(monkeypatch, most, *, in_backward=False):
     def fail(gradient):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(update.Policy, "forward", forward)
+    monkeypatch.setattr(policy.Policy, "forward", forward)
     return tried
 
 
@@ -84,7 +84,7 @@ def test_nothing_of_a_failed_attempt_is_counted(tmp_path, monkeypatch):
     """The second micro-batch fails after the first has added its gradient."""
     options = {**OPTIONS, "max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     whole = run(tmp_path, name="whole", **options)
-    original, calls = update.Policy.forward, []
+    original, calls = policy.Policy.forward, []
 
     def forward(self, batch, **keywords):
         calls.append(torch.is_grad_enabled())
@@ -92,7 +92,7 @@ def test_nothing_of_a_failed_attempt_is_counted(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, batch, **keywords)
 
-    monkeypatch.setattr(update.Policy, "forward", forward)
+    monkeypatch.setattr(policy.Policy, "forward", forward)
     again = run(tmp_path, name="again", **options)
     assert sum(calls) == 2 + 4
     assert whole.history[0]["grad_norm"] == pytest.approx(again.history[0]["grad_norm"], rel=1e-3)

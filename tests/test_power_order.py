@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from powerflow_fast.power_order import inversion_rate, length_tilt
+from powerflow_fast.evaluation.alpha_fit import inversion_rate, length_tilt
 
 # Inversions
 

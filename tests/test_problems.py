@@ -6,10 +6,10 @@ import random
 import pytest
 
 from powerflow_fast.data import PromptRow
-from powerflow_fast.demo_prompts import CREATIVE_HELD_OUT
 from powerflow_fast.errors import ConfigError, DataError
-from powerflow_fast.problems import BENCHMARKS, BOXED, LETTER, TAGGED, ProblemSet, load_problems
-from powerflow_fast.scorers import SCORERS
+from powerflow_fast.evaluation import SCORERS, ProblemSet, load_problems
+from powerflow_fast.evaluation.creative_prompts import CREATIVE_HELD_OUT
+from powerflow_fast.evaluation.problems import BENCHMARKS, BOXED, LETTER, TAGGED
 
 # A row of each dataset, with the columns that it has on the hub.
 RAW = {

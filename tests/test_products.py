@@ -12,7 +12,7 @@ import torch
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.ops import torch_products
 from powerflow_fast.ops.torch_products import CompiledProducts, CpuBf16Products, Products, bf16_is_fast, products_for
-from powerflow_fast.preparation import make_accelerator
+from powerflow_fast.training.prepare import make_accelerator
 
 NATIVE_BF16 = torch_products.cpu_multiplies_bf16()
 compiled = pytest.mark.skipif(not torch_products.compiled_products_run(), reason="the compiled products need AVX-512")
@@ -237,6 +237,6 @@ def test_devices_that_multiply_bf16(monkeypatch):
 
 @pytest.mark.parametrize(("bf16", "precision"), [(True, "bf16"), (False, "no"), ("auto", "bf16")])
 def test_autocast_is_what_the_config_says_or_what_is_fast(monkeypatch, tmp_path, bf16, precision):
-    monkeypatch.setattr("powerflow_fast.preparation.bf16_is_fast", lambda device_type: device_type == "cpu")
+    monkeypatch.setattr("powerflow_fast.training.prepare.bf16_is_fast", lambda device_type: device_type == "cpu")
     config = PowerFlowConfig(bf16=bf16, output_dir=str(tmp_path))
     assert make_accelerator(config).mixed_precision == precision

@@ -12,7 +12,7 @@ import torch
 
 from powerflow_fast.checkpoints.folder import load_checkpoint, save_checkpoint
 from powerflow_fast.errors import CheckpointError
-from powerflow_fast.replay import ReplayBatch, ReplayBuffer
+from powerflow_fast.training.replay import ReplayBatch, ReplayBuffer
 
 
 def make(groups, *, lengths=(2, 0, 3), rewards=True, seed=0) -> ReplayBatch:

@@ -9,8 +9,8 @@ import torch
 
 from powerflow_fast.data import PromptRow
 from powerflow_fast.errors import ConfigError, DataError, ScorerError
-from powerflow_fast.scorers import (
-    SCORERS,
+from powerflow_fast.evaluation import SCORERS
+from powerflow_fast.evaluation.scorers import (
     NamedScorer,
     boxed_score,
     check_columns,

@@ -8,7 +8,7 @@ from tiny import ARCHITECTURES, BOS, EOS, PAD, VOCAB, one_thread, ragged_ids, ti
 from powerflow_fast.errors import SelfCheckError
 from powerflow_fast.models import CausalLMScorer, add_lora, disable_dropout
 from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.self_check import check_packing, self_check
+from powerflow_fast.training.self_check import check_packing, self_check
 
 PROMPTS = ragged_ids([6, 1, 9], seed=4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def tiny_smollm2(tmp_path, monkeypatch):
     tiny_tokenizer(chat_template=True).save_pretrained(folder)
     monkeypatch.setattr(real_model, "smollm2_model", lambda: folder)
     lengths = lambda texts: numpy.array([[1.0, len(text)] for text in texts])  # noqa: E731
-    monkeypatch.setattr("powerflow_fast.evaluation.minilm_encoder", lambda: lengths)
+    stages = importlib.import_module("powerflow_fast.evaluation.evaluate")
+    monkeypatch.setattr(stages, "minilm_encoder", lambda: lengths)
 
 
 def test_before_and_after(tiny_smollm2, tmp_path, monkeypatch):

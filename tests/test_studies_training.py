@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import one_thread  # noqa: F401 - matrices are tiny
 
+from powerflow_fast.evaluation.scorers import boxed_score
 from powerflow_fast.models import load_model
-from powerflow_fast.scorers import boxed_score
 
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
 if not (STUDIES / "common.py").is_file():

@@ -7,10 +7,10 @@ import torch
 from test_trainer import run
 from tiny import tiny_model
 
-from powerflow_fast import throughput
 from powerflow_fast.models import CausalLMScorer, add_lora
-from powerflow_fast.throughput import Throughput, peak_flops, training_flops_per_token
 from powerflow_fast.tools.progress import ProgressLine
+from powerflow_fast.training import throughput
+from powerflow_fast.training.throughput import Throughput, peak_flops, training_flops_per_token
 
 
 def test_peaks_by_device_name():

@@ -11,7 +11,7 @@ import transformers as tf
 from tiny import tiny_model, tiny_tokenizer
 
 import powerflow_fast
-from powerflow_fast import PowerFlowConfig, training_run
+from powerflow_fast import PowerFlowConfig
 from powerflow_fast.checkpoints.folder import load_checkpoint
 from powerflow_fast.errors import (
     CheckpointError,
@@ -23,6 +23,7 @@ from powerflow_fast.errors import (
     SelfCheckError,
 )
 from powerflow_fast.rollout import generate
+from powerflow_fast.training import run as training_run
 
 PROMPTS = ["one ", "two and ", "three "]
 FAST = {

@@ -14,8 +14,9 @@ from powerflow_fast import PowerFlowConfig
 from powerflow_fast.models import CausalLMScorer, disable_dropout, make_base
 from powerflow_fast.objectives import LogZHead
 from powerflow_fast.ops import torch_backend
-from powerflow_fast.samples import Samples
-from powerflow_fast.update import Policy, Updater
+from powerflow_fast.training.policy import Policy
+from powerflow_fast.training.samples import Samples
+from powerflow_fast.training.update import Updater
 
 K = 3
 PROMPTS = [ids for ids in ragged_ids([2, 7, 4, 1], seed=1) for _ in range(K)]

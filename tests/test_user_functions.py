@@ -6,9 +6,9 @@ import numpy
 import pytest
 import torch
 
+from powerflow_fast.evaluation.scorers import NamedScorer
 from powerflow_fast.rewards import RewardInputs, user_reward
 from powerflow_fast.rewards.formats import format_penalties
-from powerflow_fast.scorers import NamedScorer
 from powerflow_fast.tools.user_functions import Columns, number_of
 
 ROW = {"prompt": "p", "completion": "c", "question": "q", "answer": 4, "level": 2}

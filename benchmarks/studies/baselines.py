@@ -15,8 +15,8 @@ from common import LOOKS, Claim, Look, Picture, Row, Study, main, mean, only_onc
 from training import BASE_NOTE, FULL, GENERATIONS, SHORT, Scale, base_folder, run_training
 
 from powerflow_fast import evaluate
-from powerflow_fast.estimates import mean_interval, paired_change, pass_at_k
-from powerflow_fast.scorers import boxed_score
+from powerflow_fast.evaluation import mean_interval, paired_change, pass_at_k
+from powerflow_fast.evaluation.scorers import boxed_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -175,7 +175,7 @@ def noiseless(rows: Iterable[Row]) -> list[Row]:
 
 def ratio(ours: list[Row], theirs: list[Row]) -> tuple[float, float, float]:
     """Geometric mean of ``level`` of one over the other, paired by α, K and seed, with its 95 % bootstrap interval."""
-    from powerflow_fast.estimates import mean_interval
+    from powerflow_fast.evaluation import mean_interval
 
     other = {(row["alpha"], row["samples"], row["seed"]): level(row) for row in theirs}
     logs = [math.log(level(row) / other[row["alpha"], row["samples"], row["seed"]]) for row in ours]

@@ -40,7 +40,7 @@ def methods(study: Study) -> str:
     """A line for each method: accuracy with its interval, the best of 16, diversity, cost."""
     import baselines
 
-    from powerflow_fast.estimates import mean_interval
+    from powerflow_fast.evaluation import mean_interval
 
     rows, lines = load(study.rows_file(HERE)), []
     for method in baselines.methods(rows):

@@ -9,7 +9,8 @@ from typing import Any
 
 from common import LOOKS, Claim, Picture, Row, Study, main, mean, only_once, select, table, tidy
 
-from powerflow_fast.demo_prompts import DemoPrompt, creative_prompts, reasoning_prompts, reasoning_score
+from powerflow_fast.demo_prompts import reasoning_prompts, reasoning_score
+from powerflow_fast.evaluation.creative_prompts import DemoPrompt, creative_prompts
 from powerflow_fast.smollm2 import smollm2_model
 
 CREATIVE, REASONING = "creative", "reasoning"
@@ -65,8 +66,8 @@ def prompts_of(task: str, count: int, *, held_out: bool) -> list[DemoPrompt]:
 def run(case: Row) -> Iterator[Row]:
     """Evaluate the base, train, evaluate with the same prompts and seed; one row."""
     from powerflow_fast import PowerFlowConfig, evaluate, train
-    from powerflow_fast.estimates import paired_change, pass_at_k
-    from powerflow_fast.evaluation_measures import correct_counts
+    from powerflow_fast.evaluation import paired_change, pass_at_k
+    from powerflow_fast.evaluation.measures import correct_counts
 
     folder, task = smollm2_model(), case["task"]
     held_out = [

@@ -24,12 +24,12 @@ from common import Row, mean
 from torch import nn
 
 from powerflow_fast import train
-from powerflow_fast.completion_scores import scored_batches
-from powerflow_fast.diversity import distinct_n
+from powerflow_fast.evaluation.diversity import distinct_n
+from powerflow_fast.evaluation.likelihoods import scored_batches
+from powerflow_fast.evaluation.scorers import boxed_score
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.rewards import extract_answer
 from powerflow_fast.rollout import HFGenerateEngine
-from powerflow_fast.scorers import boxed_score
 from powerflow_fast.tools.ngrams import repeated_ngrams
 
 FOLDER = Path(__file__).resolve().parents[2] / "runs" / "studies"

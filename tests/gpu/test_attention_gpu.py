@@ -8,7 +8,7 @@ from tiny import tiny_model
 
 from powerflow_fast.models import CausalLMScorer
 from powerflow_fast.models.packed_attention import VARLEN, attending, packed_attention, register_varlen
-from powerflow_fast.self_check import check_packing
+from powerflow_fast.training.self_check import check_packing
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9], [3, 4, 5, 6]]
