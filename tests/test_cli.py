@@ -148,7 +148,9 @@ def test_typed_errors_of_the_run(monkeypatch, capsys):
 
 def test_demo_gets_its_words(monkeypatch):
     seen = []
-    monkeypatch.setitem(sys.modules, "powerflow_fast.demo", SimpleNamespace(main=lambda argv: seen.append(argv) or 7))
+    monkeypatch.setitem(
+        sys.modules, "powerflow_fast.demo.run", SimpleNamespace(main=lambda argv: seen.append(argv) or 7)
+    )
     assert main(["demo", "--alpha", "0.5", "--traceback"]) == 7
     assert seen == [["--alpha", "0.5"]]
 

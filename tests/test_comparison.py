@@ -12,8 +12,8 @@ import numpy
 import pytest
 
 from powerflow_fast.comparison import write_comparison
-from powerflow_fast.comparison_data import choose_prompts, headline, interval, measure_rows, number
-from powerflow_fast.comparison_figures import shorten
+from powerflow_fast.comparison.content import choose_prompts, headline, interval, measure_rows, number
+from powerflow_fast.comparison.figures import shorten
 from powerflow_fast.errors import DataError, PowerFlowError
 from powerflow_fast.evaluation import Evaluation, Measure, evaluate, mean_interval, paired_change, pass_at_k
 from powerflow_fast.evaluation.statistics import Change
@@ -262,7 +262,7 @@ def test_headline_of_several(pair):
         cells = [replace(cell, value=measure, change=c) for cell, c in zip(row.cells, (None, *changes), strict=True)]
         return [replace(row, cells=cells)]
 
-    from powerflow_fast.comparison import _labelled, _read
+    from powerflow_fast.comparison.page import _labelled, _read
 
     runs = _labelled([_read(replace(pair[0], name=name)) for name in "abcd"])
     up, more, down, same = (Change(0.5, 0.5 + d, d, d - 0.05, d + 0.05, 9) for d in (0.1, 0.2, -0.1, 0.01))
@@ -312,7 +312,7 @@ def test_no_common_measure(pair, tmp_path):
 
 
 def test_shown_problems(pair, page):
-    from powerflow_fast.comparison import _read
+    from powerflow_fast.comparison.page import _read
 
     runs = [_read(e) for e in pair]
     rows = measure_rows(runs)

@@ -11,9 +11,11 @@ import torch
 import transformers as tf
 from tiny import BOS, EOS, PAD, VOCAB, one_thread, tiny_tokenizer  # noqa: F401
 
-from powerflow_fast import cli, demo, smollm2
-from powerflow_fast.demo import Drawn, demo_config, fresh_dir, other_moves, per_prompt, verdict
-from powerflow_fast.demo_prompts import demo_prompts, reasoning_prompts, reasoning_score
+from powerflow_fast import cli
+from powerflow_fast.demo import run as demo
+from powerflow_fast.demo import smollm2
+from powerflow_fast.demo.prompts import demo_prompts, reasoning_prompts, reasoning_score
+from powerflow_fast.demo.run import Drawn, demo_config, fresh_dir, other_moves, per_prompt, verdict
 from powerflow_fast.errors import ConfigError, ModelError
 from powerflow_fast.evaluation.creative_prompts import DemoPrompt, creative_prompts
 from powerflow_fast.evaluation.statistics import Change

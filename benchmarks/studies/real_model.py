@@ -9,9 +9,9 @@ from typing import Any
 
 from common import LOOKS, Claim, Picture, Row, Study, main, mean, only_once, select, table, tidy
 
-from powerflow_fast.demo_prompts import reasoning_prompts, reasoning_score
+from powerflow_fast.demo import smollm2_model
+from powerflow_fast.demo.prompts import reasoning_prompts, reasoning_score
 from powerflow_fast.evaluation.creative_prompts import DemoPrompt, creative_prompts
-from powerflow_fast.smollm2 import smollm2_model
 
 CREATIVE, REASONING = "creative", "reasoning"
 # Below α = 1 at temperature 0.7, as in the demo: p_base is the base at that temperature. At 1.0 a model this small

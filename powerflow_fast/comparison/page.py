@@ -8,19 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import comparison_data
-from .comparison_data import Page, Run
-from .comparison_figures import draw_pictures
-from .comparison_html import render_html
-from .comparison_markdown import render_markdown
-from .errors import DataError, OutputDirError
-from .evaluation.result import Evaluation
-from .evaluation.statistics import Measure
-from .evaluation.store import COMPLETIONS, RESULT, read_result
-from .tools.json_lines import read_history
-from .version import __version__
-
-__all__ = ["Comparison", "write_comparison"]
+from ..errors import DataError, OutputDirError
+from ..evaluation.result import Evaluation
+from ..evaluation.statistics import Measure
+from ..evaluation.store import COMPLETIONS, RESULT, read_result
+from ..tools.json_lines import read_history
+from ..version import __version__
+from .content import Page, Run, choose_prompts, costs, headline, measure_rows, sampler_notes, visible
+from .figures import draw_pictures
+from .html_page import render_html
+from .markdown_page import render_markdown
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,9 @@ def write_comparison(
     for run in runs[1:]:
         _check_comparable(runs[0], run)
     curves = {name: _history(path) for name, path in (histories or {}).items()}
-    rows = comparison_data.measure_rows(runs)
+    rows = measure_rows(runs)
     pictures, notes = draw_pictures(runs, rows, curves)
-    notes += comparison_data.sampler_notes(runs)
+    notes += sampler_notes(runs)
     notes += [f"{run.label} has no {file}: its completions are not shown." for run in runs for file in run.missing]
     if all(isinstance(e, (str, Path)) for e in evaluations):
         command = shlex.join(["powerflow-fast", "compare", *(Path(e).name for e in evaluations)])
@@ -84,13 +81,13 @@ def write_comparison(
         command = None
     page = Page(
         title=title,
-        headline=comparison_data.headline(runs, rows),
+        headline=headline(runs, rows),
         text=text,
         runs=runs,
         rows=rows,
         notes=notes,
-        costs=comparison_data.costs(runs),
-        shown=comparison_data.choose_prompts(runs, rows, count=problems_shown, seed=seed) if samples_shown else [],
+        costs=costs(runs),
+        shown=choose_prompts(runs, rows, count=problems_shown, seed=seed) if samples_shown else [],
         shown_samples=samples_shown,
         seed=seed,
         command=command,
@@ -217,4 +214,4 @@ def _check_comparable(first: Run, other: Run) -> None:
 
 
 def _start(prompt: Any) -> str:
-    return repr(comparison_data.visible(prompt)[:60])
+    return repr(visible(prompt)[:60])

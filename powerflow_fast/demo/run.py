@@ -18,22 +18,20 @@ import numpy
 import torch
 from torch import nn
 
-from .config.options import PowerFlowConfig
-from .data import PromptRow, encode_prompt
-from .demo_prompts import demo_prompts, reasoning_score
-from .evaluation.creative_prompts import DemoPrompt
-from .evaluation.diversity import distinct_n
-from .evaluation.likelihoods import scored_batches
-from .evaluation.statistics import Change, paired_change
-from .models.loading import load_model
-from .models.logprob_model import CausalLMScorer
-from .ops.segments import segment_sum
-from .report.samples_page import Sample, format_samples, write_samples
-from .rollout.generate import HFGenerateEngine
+from ..config.options import PowerFlowConfig
+from ..data import PromptRow, encode_prompt
+from ..evaluation.creative_prompts import DemoPrompt
+from ..evaluation.diversity import distinct_n
+from ..evaluation.likelihoods import scored_batches
+from ..evaluation.statistics import Change, paired_change
+from ..models.loading import load_model
+from ..models.logprob_model import CausalLMScorer
+from ..ops.segments import segment_sum
+from ..report.samples_page import Sample, format_samples, write_samples
+from ..rollout.generate import HFGenerateEngine
+from ..tools.tables import format_table
+from .prompts import demo_prompts, reasoning_score
 from .smollm2 import smollm2_model
-from .tools.tables import format_table
-
-__all__ = ["Drawn", "demo_config", "draw", "main", "per_prompt", "run_demo", "verdict"]
 
 STEPS = 12
 HELD_OUT_SAMPLES = 3  # completions of each held-out prompt
@@ -196,7 +194,7 @@ def run_demo(
     seconds: dict[str, float] = {}
 
     with _phase(seconds, "model", "preparing the model (the first time it is converted, about half a minute)"):
-        from .training.train import train  # with the libraries that it loads
+        from ..training.train import train  # with the libraries that it loads
 
         folder = smollm2_model() if model is None else Path(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"

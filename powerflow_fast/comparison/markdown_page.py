@@ -6,12 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .comparison_data import Cell, MeasureRow, Page, interval, number, settings_table, visible
-from .comparison_figures import Picture
-from .comparison_html import about, facts
-from .tools.tables import escaped
-
-__all__ = ["render_markdown"]
+from ..tools.tables import escaped
+from .content import Cell, MeasureRow, Page, interval, number, settings_table, visible
+from .figures import Picture
+from .html_page import about, facts
 
 _FOLD = 700  # characters of a completion above which it is folded
 

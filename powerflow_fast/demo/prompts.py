@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from itertools import chain
 
-from .errors import DataError
-from .evaluation.creative_prompts import DemoPrompt, creative_prompts
-from .evaluation.scorers import full_marks, last_number
+from ..errors import DataError
+from ..evaluation.creative_prompts import DemoPrompt, creative_prompts
+from ..evaluation.scorers import full_marks, last_number
 
 # Tasks whose answer is one small number: longer ones would only measure the completion limit.
 REASONING_FAMILIES: tuple[tuple[str, dict[str, int]], ...] = (

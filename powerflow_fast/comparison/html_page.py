@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .comparison_data import Page, interval, number, settings_table, visible
-from .comparison_figures import COLORS, THEME, Picture
-
-__all__ = ["render_html"]
+from .content import Page, interval, number, settings_table, visible
+from .figures import COLORS, THEME, Picture
 
 _SHOWN = 700  # characters of a completion that are not folded
 _COLUMNS = 4  # evaluations in one table, beside the reference

@@ -1,0 +1,7 @@
+"""``python -m powerflow_fast.cli``, for launchers that take a module."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,5 @@
+"""One page over several evaluations."""
+
+from .page import Comparison, write_comparison
+
+__all__ = ["Comparison", "write_comparison"]
