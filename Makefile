@@ -19,8 +19,8 @@ TRITON_2.14.1 := 3.8.0
 WHEEL := build/for-all-torches
 # triton 3.6's interpreter converts arrays of one element to numbers, which newer versions of numpy refuse
 WITH_TORCH := 'numpy<2.4' 'peft>=0.18' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6' scipy
-OP_TESTS := active_tiles chunk_plans compile_gate compiled hopper_tiles la_tb_op linear_la_tb logprob_stats logprobs \
-  objective_identities objectives partition patching products scale trajectories trajectory_balance triton_interpreter triton_kernels update
+OP_TESTS := tests/ops tests/triton_kernels tests/models/test_patching.py tests/training/test_update.py
+OP_TESTS += $(patsubst %,tests/objectives/test_%.py,identities log_z trajectories trajectory_balance)
 
 # The verl that the plugin was written for. It wants an older transformers: it gets an environment of its own.
 VERL := 0.9.1
@@ -42,7 +42,7 @@ test: $(VENV)/.installed
 test-torch: $(TORCHES:%=test-torch-%)
 
 test-torch-%: .venv-torch-%/.installed
-	.venv-torch-$*/bin/pytest --numprocesses 2 --dist loadfile $(OP_TESTS:%=tests/test_%.py)
+	.venv-torch-$*/bin/pytest --numprocesses 2 --dist loadfile $(OP_TESTS)
 
 # The first time it takes minutes and 2 GB; the tests need no GPU and start none of verl's workers.
 test-verl: $(VERL_VENV)/.installed

@@ -131,7 +131,7 @@ for name in "${parts[@]}"; do
     head) part head 65 90 bash -c 'run "$@"' _ gpu --budget 0.4 --time-limit 50 --without "${slow[@]}" "$liger" ;;
     update) part update 50 30 bash -c 'run gpu-update --budget 6 --min-reps 2 --max-reps 3 --time-limit 40' ;;
     la-tb) part la-tb 15 20 bash -c 'run la-tb --budget 0.4 --time-limit 10 --without "eager packed compiled"' ;;
-    trainer) part trainer 40 60 bash -c 'work=$work/trainer tests --tb=short --maxfail 5 tests/test_{trainer,update}.py' ;;
+    trainer) part trainer 40 60 bash -c 'work=$work/trainer tests --tb=short --maxfail 5 tests/training/test_{train,update}.py' ;;
     sweeps) part sweeps 60 60 bash -c 'run "$@"' _ gpu-n --budget 0.4 --time-limit 40 --without "${slow[@]}" "$liger" ;;
     *) echo "no such part: $name" ;;
   esac

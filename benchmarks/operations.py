@@ -44,7 +44,7 @@ class Operation:
 
 _KERNELS, _OP = ["tests/gpu/test_triton_kernels_gpu.py"], ["tests/gpu/test_la_tb_cuda.py"]
 _AROUND = ["tests/gpu/test_attention_gpu.py", "tests/gpu/test_objectives_gpu.py"]
-_ENGINES = ["tests/test_rollout.py", "tests/test_rollout_continuous.py"]
+_ENGINES = ["tests/rollout/test_generate.py", "tests/rollout/test_continuous.py"]
 _LOSS_TESTS = "oracle or from_hidden or (torch and value_and_gradients)"
 _UPDATE_TESTS = "oracle or logits or base"
 
@@ -61,7 +61,7 @@ OPERATIONS = {
         head_step,
         {"logp_max_err": 1e-3, **_GRADIENTS},
         {
-            "cpu": [["tests/test_logprobs.py", "-k", "torch and (value_and_gradients or bits or extreme)"]],
+            "cpu": [["tests/ops/test_logprobs.py", "-k", "torch and (value_and_gradients or bits or extreme)"]],
             "cuda": [_KERNELS],
         },
     ),
@@ -73,7 +73,10 @@ OPERATIONS = {
         loss_providers,
         loss_step,
         {"loss_rel_err": 1e-3, "d_log_z_rel_err": 1e-3, **_GRADIENTS},
-        {"cpu": [["tests/test_objectives.py", "tests/test_logprobs.py", "-k", _LOSS_TESTS]], "cuda": [_KERNELS, _OP]},
+        {
+            "cpu": [["tests/ops/test_la_tb.py", "tests/ops/test_logprobs.py", "-k", _LOSS_TESTS]],
+            "cuda": [_KERNELS, _OP],
+        },
     ),
     LaTbCase.op: Operation(
         LaTbCase,
@@ -83,7 +86,7 @@ OPERATIONS = {
         lambda device, dtype: LA_TB_PROVIDERS,
         la_tb_step,
         dict.fromkeys(("loss_rel_err", "d_logps_rel_err", "d_log_z_rel_err"), 1e-5),
-        {"cpu": [["tests/test_objectives.py", "-k", "oracle or clipped or long_sums"]], "cuda": [_OP]},
+        {"cpu": [["tests/ops/test_la_tb.py", "-k", "oracle or clipped or long_sums"]], "cuda": [_OP]},
         short=True,
     ),
     UpdateCase.op: Operation(
@@ -96,7 +99,13 @@ OPERATIONS = {
         {"loss_rel_err": 1e-4, "grad_rel_err": 1e-4},
         {
             "cpu": [
-                ["tests/test_objectives.py", "tests/test_partition.py", "tests/test_models.py", "-k", _UPDATE_TESTS]
+                [
+                    "tests/ops/test_la_tb.py",
+                    "tests/objectives/test_log_z.py",
+                    "tests/models/test_models.py",
+                    "-k",
+                    _UPDATE_TESTS,
+                ]
             ],
             "cuda": [_KERNELS, _OP, _AROUND],
         },

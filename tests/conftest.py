@@ -12,15 +12,16 @@ import torch
 # These run in verl's environment, by `make test-verl`, and bring a conftest of their own.
 collect_ignore = ["integrations_verl"]
 
+# What tests share: helpers of their own, and the studies' models that can be enumerated.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "benchmarks" / "studies")]
+
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton_interpreter
 
     triton_interpreter.install()
-
-# What tests share with the studies: models that can be enumerated.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "studies"))
 
 # Tiny tensors gain nothing from a second thread, and results do not depend on the machine's cores.
 torch.set_num_threads(1)

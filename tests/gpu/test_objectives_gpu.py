@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_trainer import run
+from runs import run
 
 from powerflow_fast import linear_logprobs
 from powerflow_fast.objectives import OBJECTIVES, Trajectories

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from test_triton_kernels import DTYPES, IGNORE, OPTIONS, SHAPES, Case, case_of_unlikely_tokens, make_case
+from triton_cases import DTYPES, IGNORE, OPTIONS, SHAPES, Case, case_of_unlikely_tokens, make_case
 
 from powerflow_fast import linear_la_tb_loss
 from powerflow_fast.kernels import launch, linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
