@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ def train(monkeypatch):
         calls.append((model, prompts, options))
         return SimpleNamespace(output_dir=options["config"].output_dir)
 
-    monkeypatch.setitem(sys.modules, "powerflow_fast.training.train", SimpleNamespace(train=fake))
+    monkeypatch.setattr(importlib.import_module("powerflow_fast.training.train"), "train", fake)
     return calls
 
 
@@ -133,7 +134,7 @@ def test_typed_errors_of_the_run(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setitem(sys.modules, "powerflow_fast.training.train", SimpleNamespace(train=fail))
+    monkeypatch.setattr(importlib.import_module("powerflow_fast.training.train"), "train", fail)
     error = CheckpointError("checkpoint-3: damaged")
     assert run() == 2
     assert capsys.readouterr().err == "powerflow-fast: error: checkpoint-3: damaged\n"
@@ -148,9 +149,7 @@ def test_typed_errors_of_the_run(monkeypatch, capsys):
 
 def test_demo_gets_its_words(monkeypatch):
     seen = []
-    monkeypatch.setitem(
-        sys.modules, "powerflow_fast.demo.run", SimpleNamespace(main=lambda argv: seen.append(argv) or 7)
-    )
+    monkeypatch.setattr("powerflow_fast.demo.run.main", lambda argv: seen.append(argv) or 7)
     assert main(["demo", "--alpha", "0.5", "--traceback"]) == 7
     assert seen == [["--alpha", "0.5"]]
 

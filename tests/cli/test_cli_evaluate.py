@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import pytest
 from tiny import one_thread, tiny_model, tiny_tokenizer  # noqa: F401 - a fixture that works by itself
 
 from powerflow_fast.cli import main
-from powerflow_fast.evaluation import Judge
+from powerflow_fast.evaluation import Judge, evaluate
+
+STAGES = importlib.import_module("powerflow_fast.evaluation.evaluate")  # where the name is a function too
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def calls(monkeypatch):
             table=lambda: "TABLE",
         )
 
-    monkeypatch.setitem(sys.modules, "powerflow_fast.evaluation.evaluate", SimpleNamespace(evaluate=fake))
+    monkeypatch.setattr(STAGES, "evaluate", fake)
     return seen
 
 
@@ -69,16 +72,9 @@ def test_options_of_eval(calls, words, option, value):
     assert calls[0][2][option] == value
 
 
-def test_every_option_of_eval_is_one_of_evaluate(calls):
-    import importlib
-    import inspect
-
-    del sys.modules["powerflow_fast.evaluation.evaluate"]
-    evaluate = importlib.import_module("powerflow_fast.evaluation.evaluate").evaluate
+def test_every_option_of_eval_is_one_of_evaluate(calls, monkeypatch):
     known = inspect.signature(evaluate).parameters
-    sys.modules["powerflow_fast.evaluation.evaluate"] = SimpleNamespace(
-        evaluate=lambda *a, **k: calls.append(k) or 1 / 0
-    )
+    monkeypatch.setattr(STAGES, "evaluate", lambda *a, **k: calls.append(k) or 1 / 0)
     numbers = "samples max-completion-length batch-size limit seed ks confidence alpha score-temperature"
     texts = "output-dir sampler scorer measures base completions name dtype system-prompt"
     words = [w for name in numbers.split() for w in (f"--{name}", "1")]

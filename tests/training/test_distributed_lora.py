@@ -12,6 +12,10 @@ from safetensors.torch import load_file
 from test_distributed import check_like_one, history, launch, weights
 from tiny import one_thread  # noqa: F401
 
+# Adam divides by the gradient's size, which magnifies the rounding of a new adapter's first, small gradients: 1.2e-5 was
+# seen on a CPU of another make.
+REL = 5e-5
+
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
@@ -44,7 +48,7 @@ def test_two_processes_train_an_adapter_like_one(one, tmp_path, kind):
     two, back = tmp_path / "two", tmp_path / "back"
     take(one, two)
     launch(two, 2, kind, "whole,cut,even,taken")
-    check_like_one(one, two)
+    check_like_one(one, two, rel=REL)
     base = history(one / "group-whole")
     assert abs(base[2]["base_logp"] - base[2]["policy_logp"]) > 1e-2, "the adapter is off where the base is scored"
 
@@ -55,7 +59,7 @@ def test_two_processes_train_an_adapter_like_one(one, tmp_path, kind):
         for folder in (two, back):  # from one process to two, and from two to one
             for want, got in zip(whole, steps(folder / f"{log_z}-taken"), strict=True):
                 for name in ("loss", "grad_norm", "base_logp", "policy_logp"):
-                    assert got[name] == pytest.approx(want[name], abs=1e-5, rel=1e-5), (log_z, folder.name, name)
+                    assert got[name] == pytest.approx(want[name], abs=1e-5, rel=REL), (log_z, folder.name, name)
         ours, theirs = (folder / f"{log_z}-whole" for folder in (two, one))
         for part in ("checkpoint-3/weights.safetensors", "checkpoint-3/optimizer.safetensors"):
             got, want = load_file(ours / part), load_file(theirs / part)

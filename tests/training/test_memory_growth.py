@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import run
+from scripts import environment
 
 STEPS = 100
 
@@ -51,7 +52,7 @@ def sizes_of_a_run(folder: Path) -> list[int]:
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
 def test_twenty_thousand_uneven_prompts(tmp_path):
     """In a process of its own: what other tests leave in the heap moves by more than a step's memory."""
-    subprocess.run([sys.executable, __file__, tmp_path], check=True, capture_output=True, text=True)
+    subprocess.run([sys.executable, __file__, tmp_path], env=environment(), check=True, capture_output=True, text=True)
     sizes = json.loads((tmp_path / "sizes.json").read_text())
     assert len(sizes) == STEPS, "each prompt once"
     first, last = (sum(part) / len(part) for part in (sizes[20:40], sizes[-20:]))

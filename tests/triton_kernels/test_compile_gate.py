@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import re
 import subprocess
 import sys
 
 import pytest
+from scripts import environment
 
 from powerflow_fast.kernels import hopper_choice
 
@@ -157,13 +157,12 @@ def triton_is_new() -> bool:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Records of all architectures, each compiled in its own process with its own empty cache."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     processes = {}
     for arch in ARCHITECTURES:
         cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp(f"sm_{arch}"))}
         command = [sys.executable, __file__, str(arch)]
         processes[arch] = subprocess.Popen(
-            command, env=environment | cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=environment() | cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
     records = []
     try:

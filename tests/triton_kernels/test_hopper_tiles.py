@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import tempfile
 
 import pytest
 import torch
+from scripts import environment
 
 from powerflow_fast.kernels import hopper_choice
 
@@ -86,9 +86,8 @@ def compile_all() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    done = subprocess.run([sys.executable, __file__], env=environment() | cache, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     records = [r for r in json.loads(done.stdout.splitlines()[-1]) if r["kernel"] in KERNELS]
     assert sorted(r["kernel"] for r in records) == sorted(KERNELS * 3 + KERNELS[:2])
