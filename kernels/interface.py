@@ -17,6 +17,22 @@ class LogitTransform(NamedTuple):
     logit_softcap: float | None = None
 
 
+class HeadCall(NamedTuple):
+    """What the log-probs of a linear head are computed from."""
+
+    hidden: Tensor
+    """(N, H)"""
+    weight: Tensor
+    """(V, H)"""
+    labels: Tensor
+    """(N,) int64"""
+    bias: Tensor | None = None
+    """(V,)"""
+    transform: LogitTransform = LogitTransform()
+    ignore_index: int | None = -100
+    """label of rows to leave out; None: no row is left out"""
+
+
 class RowStatistics(NamedTuple):
     """Of the distribution that each row's label is scored under, (N,) float32 each, in nats; 0 in ignored rows."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..kernels.interface import LogitTransform
+from ..kernels.interface import HeadCall, LogitTransform
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,16 +43,9 @@ def require_positive(op: str, name: str, value: float) -> float:
     return float(value)
 
 
-def check_linear_inputs(
-    op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int | None,
-) -> LogitTransform:
-    """Raise on anything the kernels cannot take; return the transform as plain floats. None: no row is ignored."""
+def check_head(op: str, call: HeadCall) -> HeadCall:
+    """The call with its numbers as plain floats; an error on anything that the kernels cannot take."""
+    hidden, weight, labels, bias, transform, ignore_index = call
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | None):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
@@ -86,11 +79,12 @@ def check_linear_inputs(
             ignored = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
             raise ValueError(f"{op}: labels must lie in [0, V)=[0, {v}){ignored}, got labels[{row}]={int(labels[row])}")
     softcap = transform.logit_softcap
-    return LogitTransform(
+    transform = LogitTransform(
         require_positive(op, "temperature", transform.temperature),
         require_positive(op, "logit_scale", transform.logit_scale),
         None if softcap is None else require_positive(op, "logit_softcap", softcap),
     )
+    return HeadCall(hidden, weight, labels, bias, transform, ignore_index)
 
 
 def check_cache_bytes(op: str, cache_bytes: int | None) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.interface import HeadSums, LogitTransform, kept_width
+from ..kernels.interface import HeadCall, HeadSums, LogitTransform, kept_width
 from .backends import Backend, implementation_for
 from .checks import (
     ImportanceLevel,
     autocast_inputs,
     check_cache_bytes,
-    check_linear_inputs,
+    check_head,
     require_tensor,
     values_are_readable,
 )
@@ -108,7 +108,7 @@ def linear_la_tb_loss(
         )
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
-    transform = check_linear_inputs(op, hidden, weight, labels, bias, transform, None)
+    transform = check_head(op, HeadCall(hidden, weight, labels, bias, transform, None)).transform
     if (log_z is None) == (group_ids is None):
         raise ValueError(
             f"{op}: exactly one of log_z and group_ids must be given, got {'neither' if log_z is None else 'both'}"

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.interface import LogitTransform
+from ..kernels.interface import HeadCall, LogitTransform
+from . import logprobs_custom_ops
 from .backends import Backend, implementation_for
-from .checks import autocast_inputs, check_cache_bytes, check_linear_inputs
-from .logprobs_autograd import LinearLogprobsFunction, usual_cache_bytes
+from .checks import autocast_inputs, check_cache_bytes, check_head
+from .logprobs_autograd import LinearLogprobsFunction, Needs, usual_cache_bytes
 from .segments import check_cu_seqlens, segment_sum
 
 
@@ -86,41 +87,40 @@ def linear_logprobs(
     Source: the method's s and r terms, PowerFlow (arXiv 2603.18363); the tiling is ours.
     """
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
-    arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
-    return _scored("linear_logprobs", *arguments, need_stats=False)[0]
+    call = HeadCall(hidden, weight, labels, bias, transform, ignore_index)
+    return scored("linear_logprobs", call, backend, cache_bytes, stats=False)[0]
 
 
-def _scored(
-    op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int,
-    backend: Backend,
-    cache_bytes: int | None,
-    *,
-    need_stats: bool,
+def scored(
+    op: str, call: HeadCall, backend: Backend, cache_bytes: int | None, *, stats: bool, by_operator: bool = False
 ) -> tuple[Tensor, ...]:
-    """Log-probs, and the three of `RowStatistics` if they are needed."""
-    if torch.compiler.is_compiling():
-        from .logprobs_custom_ops import scored  # instead of a graph break; it imports this module
+    """Log-probs, and the three of `RowStatistics` if wanted.
 
-        return scored(
-            op, hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes, need_stats=need_stats
-        )
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    transform = check_linear_inputs(op, hidden, weight, labels, bias, transform, ignore_index)
+    ``by_operator``: through the operators of logprobs_custom_ops, which give the same bits, as where a compiler traces.
+    """
+    compiling = torch.compiler.is_compiling()
+    hidden, weight, bias = autocast_inputs(call.hidden, call.weight, call.bias)
+    # A compiler may hold the numbers as symbols, which cannot be checked: the operators check them when they run.
+    # (It takes literals for constants, and defaults of LogitTransform for symbols too.)
+    transform = LogitTransform(1.0, 1.0, None) if compiling else call.transform
+    checked = check_head(op, HeadCall(hidden, weight, call.labels, bias, transform, call.ignore_index))
     check_cache_bytes(op, cache_bytes)
+    with_gradient = torch.is_grad_enabled()
+    needs = Needs(*(with_gradient and x is not None and x.requires_grad for x in (hidden, weight, bias)))
+    if not needs.head or (compiling and cache_bytes is None):  # what is kept by itself has sizes that no graph knows
+        cache_bytes = 0
+    if compiling:
+        call = HeadCall(hidden, weight, call.labels, bias, call.transform, call.ignore_index)
+        return logprobs_custom_ops.scored(call, backend, needs, cache_bytes, stats=stats)
     implementation = implementation_for(backend, hidden)
     if cache_bytes is None:
         cache_bytes = usual_cache_bytes(hidden, weight, implementation)
-    head = (hidden, weight, labels, bias, transform, ignore_index)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        out = LinearLogprobsFunction.apply(*head, implementation, cache_bytes, need_stats)
-        return out if need_stats else (out,)
-    out = implementation.linear_logprob_fwd(*head, stats=need_stats)
+    if by_operator:
+        return logprobs_custom_ops.scored(checked, backend, needs, cache_bytes, stats=stats)
+    if any(needs):
+        out = LinearLogprobsFunction.apply(*checked, implementation, cache_bytes, stats)
+        return out if stats else (out,)
+    out = implementation.linear_logprob_fwd(*checked, stats=stats)
     return (out.logp, *(out.stats or ()))
 
 
@@ -195,5 +195,5 @@ def linear_logprob_stats(
         rows.
     """
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
-    arguments = (hidden, weight, labels, bias, transform, ignore_index, backend, cache_bytes)
-    return LogprobStats(*_scored("linear_logprob_stats", *arguments, need_stats=True))
+    call = HeadCall(hidden, weight, labels, bias, transform, ignore_index)
+    return LogprobStats(*scored("linear_logprob_stats", call, backend, cache_bytes, stats=True))

@@ -1,11 +1,17 @@
-"""Which passes run for which gradients."""
+"""Log-probs of a linear head and their gradients: which passes run for which gradients.
+
+`forward` and `backward` are plain functions. The autograd function below and the operators of logprobs_custom_ops are
+shells around them.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.interface import ForwardOutput, HeadSums, RowExponentials, RowStatistics, kept_width
+from ..kernels.interface import ForwardOutput, HeadCall, HeadSums, RowExponentials, RowStatistics, kept_width
 from . import torch_backend
 
 
@@ -46,9 +52,9 @@ def bytes_of_all(hidden: Tensor, weight: Tensor, implementation: object, most: i
 
 
 def usual_cache_bytes(hidden: Tensor, weight: Tensor, implementation: object) -> int:
-    """As `linear_logprobs` says of ``cache_bytes``; 0 in compiled code, whose sizes would depend on the labels."""
+    """As `linear_logprobs` says of ``cache_bytes``."""
     on_cpu = hidden.device.type == "cpu" and implementation is torch_backend
-    if not on_cpu or torch.compiler.is_compiling() or implementation.kept_dtype(hidden) != hidden.dtype:
+    if not on_cpu or implementation.kept_dtype(hidden) != hidden.dtype:
         return 0
     return bytes_of_all(hidden, weight, implementation, CPU_CACHE_BYTES)
 
@@ -63,102 +69,130 @@ def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor, implementation: 
     return cache_bytes // (kept_width(weight.shape[0]) * implementation.kept_dtype(hidden).itemsize)
 
 
-class LinearLogprobsFunction(torch.autograd.Function):
-    """Chooses the cheapest pass for the inputs that need a gradient.
+class Needs(NamedTuple):
+    """Which inputs need a gradient."""
 
-    Only ``hidden``: the gradient is made in the forward pass up to the upstream factor, and backward scales its rows
-    (4NVH FLOP in all, N·H saved). Otherwise: forward saves three numbers per row and backward recomputes the logits
-    (8NVH when both hidden and weight are trained), except for the rows whose exponentials fit into ``cache_bytes``
-    (6NVH). ``need_stats``: after the log-probs come their `RowStatistics`, from the same pass.
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+
+class Saved(NamedTuple):
+    """What a forward pass leaves to the backward pass, besides its inputs."""
+
+    unit: Tensor | None = None
+    """(N, H) ∂ logp/∂ hidden. With it nothing else is needed, not even the inputs."""
+    rows: Tensor | None = None
+    """numbers of the rows that count: first those that ``exps`` holds, then those whose logits are formed anew"""
+    exps: Tensor | None = None
+    scale: Tensor | None = None
+    """of `RowExponentials`"""
+    logp: Tensor | None = None
+    anchor: Tensor | None = None
+    others_sum: Tensor | None = None
+    """of the `ForwardOutput` of the rows whose logits are formed anew: all, unless there are ``rows``"""
+
+
+def forward(
+    call: HeadCall, implementation: Any, needs: Needs, cache_bytes: int, *, stats: bool
+) -> tuple[Tensor, RowStatistics | None, Saved]:
+    """Log-probs, statistics if wanted, and what `backward` needs, by the cheapest pass for the gradients to come.
+
+    Only ``hidden``: the gradient is made at once up to the upstream factor, and `backward` scales its rows (4NVH FLOP
+    in all, N·H saved). Otherwise three numbers per row are kept and `backward` forms the logits anew (8NVH when both
+    hidden and weight are trained), except for the rows whose exponentials fit into ``cache_bytes`` (6NVH).
     """
+    hidden, weight, labels, bias, transform, ignore_index = call
+    if needs.hidden and not needs.head:
+        out = implementation.linear_logprob_fwd_d_hidden(*call, stats=stats)
+        return out.logp, out.stats, Saved(unit=out.unit)
+    count = kept_rows(cache_bytes, hidden, weight, implementation) if needs.head else 0
+    if count == 0:
+        out = implementation.linear_logprob_fwd(*call, stats=stats)
+        return out.logp, out.stats, Saved(None, None, None, None, *out[:3])
+    # the budget is for rows that count; to find them the host waits for the device
+    rows = (labels != ignore_index).nonzero()[:, 0]
+    kept, rest = rows[:count], rows[count:]
+    exps = implementation.linear_logprob_fwd_exps(hidden[kept], weight, labels[kept], bias, transform, stats=stats)
+    out = implementation.linear_logprob_fwd(
+        hidden[rest], weight, labels[rest], bias, transform, ignore_index, stats=stats
+    )
+
+    def joined(first: Tensor, second: Tensor) -> Tensor:
+        return exps.logp.new_zeros(labels.shape).index_copy_(0, rows, torch.cat([first, second]))
+
+    statistics = RowStatistics(*map(joined, exps.stats, out.stats)) if stats else None
+    return joined(exps.logp, out.logp), statistics, Saved(None, rows, exps.exps, exps.scale, *out[:3])
+
+
+def scaled_unit(unit: Tensor, d_logp: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a hidden state of ``dtype``, from ``Saved.unit``."""
+    return torch.mul(unit, d_logp[:, None]).to(dtype)
+
+
+def backward(
+    call: HeadCall, implementation: Any, needs: Needs, saved: Saved, d_logp: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, None where not needed; for a ``saved.unit`` there is `scaled_unit`."""
+    hidden, weight, labels, bias, transform, ignore_index = call
+    again = ForwardOutput(saved.logp, saved.anchor, saved.others_sum)
+    wanted = {"need_d_hidden": needs.hidden, "need_d_weight": needs.weight, "need_d_bias": needs.bias}
+    if saved.rows is None:
+        return implementation.linear_logprob_bwd(*call, again, d_logp, **wanted)
+    kept, rest = saved.rows[: saved.exps.shape[0]], saved.rows[saved.exps.shape[0] :]
+    own_dtype = not rest.numel() and hidden.dtype == torch.bfloat16  # one product is all there is to sum
+    sums = HeadSums.like(weight if needs.weight else None, bias if needs.bias else None, own_dtype=own_dtype)
+    exps = RowExponentials(d_logp, saved.exps, saved.scale)
+    parts = [
+        implementation.linear_logprob_bwd_exps(
+            hidden[kept], weight, exps, d_logp[kept], need_d_hidden=needs.hidden, add_to=sums
+        )
+    ]
+    if rest.numel():
+        part, _, _ = implementation.linear_logprob_bwd(
+            *(hidden[rest], weight, labels[rest], bias, transform, ignore_index, again, d_logp[rest]),
+            **wanted,
+            add_to=sums,
+        )
+        parts.append(part)
+    d_hidden = torch.zeros_like(hidden).index_copy_(0, saved.rows, torch.cat(parts)) if needs.hidden else None
+    d_weight, d_bias = sums.finished()
+    return (
+        d_hidden,
+        d_weight.to(weight.dtype) if needs.weight else None,
+        d_bias.to(bias.dtype) if needs.bias else None,
+    )
+
+
+class LinearLogprobsFunction(torch.autograd.Function):
+    """`forward` and `backward` for autograd: log-probs, and after them the three of `RowStatistics` if wanted."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes, need_stats):
-        logp, stats = LinearLogprobsFunction._scores(
-            ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes, need_stats
-        )
+    def forward(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes, stats):
+        ctx.needs = Needs(*(ctx.needs_input_grad[i] for i in (0, 1, 3)))
+        call = HeadCall(hidden, weight, labels, bias, transform, ignore_index)
+        logp, statistics, saved = forward(call, implementation, ctx.needs, cache_bytes, stats=stats)
+        ctx.save_for_backward(*(call[:4] if saved.unit is None else [None] * 4), *saved)
+        ctx.options, ctx.implementation, ctx.dtype = call[4:], implementation, hidden.dtype
         ctx.set_materialize_grads(False)
-        if stats is None:
+        if statistics is None:
             return logp
-        ctx.mark_non_differentiable(*stats)
-        return logp, *stats
-
-    @staticmethod
-    def _scores(ctx, hidden, weight, labels, bias, transform, ignore_index, implementation, cache_bytes, need_stats):
-        needs = ctx.needs_input_grad
-        ctx.dtype = hidden.dtype
-        ctx.only_hidden = needs[0] and not needs[1] and not needs[3]
-        if ctx.only_hidden:
-            out = implementation.linear_logprob_fwd_d_hidden(
-                hidden, weight, labels, bias, transform, ignore_index, stats=need_stats
-            )
-            ctx.save_for_backward(out.unit)
-            return out.logp, out.stats
-        ctx.transform, ctx.ignore_index, ctx.implementation = transform, ignore_index, implementation
-        count = kept_rows(cache_bytes, hidden, weight, implementation)
-        if count == 0:
-            out = implementation.linear_logprob_fwd(
-                hidden, weight, labels, bias, transform, ignore_index, stats=need_stats
-            )
-            ctx.save_for_backward(hidden, weight, labels, bias, None, None, None, *out[:3])
-            return out.logp, out.stats
-        # the budget is for rows that count; to find them the host waits for the device
-        rows = (labels != ignore_index).nonzero()[:, 0]
-        kept, rest = rows[:count], rows[count:]
-        exps = implementation.linear_logprob_fwd_exps(
-            hidden[kept], weight, labels[kept], bias, transform, stats=need_stats
-        )
-        out = implementation.linear_logprob_fwd(
-            hidden[rest], weight, labels[rest], bias, transform, ignore_index, stats=need_stats
-        )
-        ctx.save_for_backward(hidden, weight, labels, bias, rows, exps.exps, exps.scale, *out[:3])
-
-        def joined(ours, others):
-            return exps.logp.new_zeros(labels.shape).index_copy_(0, rows, torch.cat([ours, others]))
-
-        stats = RowStatistics(*map(joined, exps.stats, out.stats)) if need_stats else None
-        return joined(exps.logp, out.logp), stats
+        ctx.mark_non_differentiable(*statistics)
+        return logp, *statistics
 
     @staticmethod
     def backward(ctx, d_logp, *_):
         if d_logp is None:
             return (None,) * 9
+        inputs, saved = ctx.saved_tensors[:4], Saved(*ctx.saved_tensors[4:])
         with torch.no_grad():
-            d_hidden, d_weight, d_bias = LinearLogprobsFunction._gradients(ctx, d_logp)
-        grads = (refuse_second_derivative("linear_logprobs", g) for g in (d_hidden, d_weight, d_bias))
-        d_hidden, d_weight, d_bias = grads
+            if saved.unit is not None:
+                gradients = scaled_unit(saved.unit, d_logp, ctx.dtype), None, None
+            else:
+                gradients = backward(HeadCall(*inputs, *ctx.options), ctx.implementation, ctx.needs, saved, d_logp)
+        d_hidden, d_weight, d_bias = (refuse_second_derivative("linear_logprobs", g) for g in gradients)
         return d_hidden, d_weight, None, d_bias, *[None] * 5
-
-    @staticmethod
-    def _gradients(ctx, d_logp):
-        if ctx.only_hidden:
-            (unit,) = ctx.saved_tensors
-            return torch.mul(unit, d_logp[:, None]).to(ctx.dtype), None, None
-        hidden, weight, labels, bias, rows, exps, scale, *forward = ctx.saved_tensors
-        need_d_hidden, need_d_weight, need_d_bias = (ctx.needs_input_grad[i] for i in (0, 1, 3))
-        needs = {"need_d_weight": need_d_weight, "need_d_bias": need_d_bias, "need_d_hidden": need_d_hidden}
-        options = (bias, ctx.transform, ctx.ignore_index, ForwardOutput(*forward))
-        if rows is None:
-            return ctx.implementation.linear_logprob_bwd(hidden, weight, labels, *options, d_logp, **needs)
-        kept, rest = rows[: exps.shape[0]], rows[exps.shape[0] :]
-        own_dtype = not rest.numel() and hidden.dtype == torch.bfloat16  # one product is all there is to sum
-        sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None, own_dtype=own_dtype)
-        parts = [
-            ctx.implementation.linear_logprob_bwd_exps(
-                *(hidden[kept], weight, RowExponentials(d_logp, exps, scale), d_logp[kept]),
-                need_d_hidden=need_d_hidden,
-                add_to=sums,
-            )
-        ]
-        if rest.numel():
-            d_rest, _, _ = ctx.implementation.linear_logprob_bwd(
-                hidden[rest], weight, labels[rest], *options, d_logp[rest], **needs, add_to=sums
-            )
-            parts.append(d_rest)
-        d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, torch.cat(parts)) if need_d_hidden else None
-        d_weight, d_bias = sums.finished()
-        return (
-            d_hidden,
-            d_weight.to(weight.dtype) if need_d_weight else None,
-            d_bias.to(bias.dtype) if need_d_bias else None,
-        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import powerflow_fast
-from powerflow_fast.ops import logprobs_custom_ops, torch_backend
+from powerflow_fast.kernels.interface import HeadCall, LogitTransform
+from powerflow_fast.ops import logprobs, logprobs_custom_ops, torch_backend
 from powerflow_fast.ops.backends import implementation_for
 
 V, H = 37, 16
@@ -45,8 +44,23 @@ def eager(hidden, weight, labels, bias, **options):
     return powerflow_fast.linear_logprobs(hidden, weight, labels, bias=bias, **options)
 
 
-def operator(hidden, weight, labels, bias, **options):
-    return logprobs_custom_ops.linear_logprobs(hidden, weight, labels, bias=bias, **options)
+def operator(
+    hidden,
+    weight,
+    labels,
+    bias,
+    *,
+    temperature=1.0,
+    logit_scale=1.0,
+    logit_softcap=None,
+    ignore_index=-100,
+    backend="auto",
+    cache_bytes=None,
+):
+    """`linear_logprobs` by the operators that a compiler would take, with or without one."""
+    transform = LogitTransform(temperature, logit_scale, logit_softcap)
+    call = HeadCall(hidden, weight, labels, bias, transform, ignore_index)
+    return logprobs.scored("linear_logprobs", call, backend, cache_bytes, stats=False, by_operator=True)[0]
 
 
 def assert_same_bits(ours, theirs):
@@ -56,11 +70,6 @@ def assert_same_bits(ours, theirs):
 
 
 TRAINABLE = [("hidden",), ("hidden", "weight", "bias"), ("weight",), ("hidden", "bias")]
-
-
-@pytest.mark.parametrize("name", ["linear_logprobs", "linear_logprob_stats"])
-def test_the_signature_is_the_eager_function_s(name):
-    assert inspect.signature(getattr(logprobs_custom_ops, name)) == inspect.signature(getattr(powerflow_fast, name))
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE, ids="+".join)
@@ -92,10 +101,10 @@ def test_opcheck(trainable, cache_bytes, need_stats):
     if trainable == ("hidden",) and not cache_bytes:
         torch.library.opcheck(ops.linear_logprobs_unit.default, (*inputs[:3], None, *options, need_stats))
     if not trainable:
-        logp, saved, stats = ops.linear_logprobs_forward(*inputs, *options, need_stats, cache_bytes)
-        assert len(stats) == 3 * need_stats
+        logp, kept, others, stats = ops.linear_logprobs_forward(*inputs, *options, need_stats, cache_bytes)
+        assert len(stats) == 3 * need_stats and len(kept) == 3 * (cache_bytes > 0) and len(others) == 3
         for positions in ([0], [1, 3], [0, 1, 3]):
-            arguments = (hidden, weight, labels, bias, *options, logp, saved, torch.ones_like(logp), positions)
+            arguments = (hidden, weight, labels, bias, *options, kept, others, torch.ones_like(logp), positions)
             torch.library.opcheck(ops.linear_logprobs_backward.default, arguments)
 
 
@@ -238,7 +247,7 @@ def test_errors_are_those_of_the_eager_function():
     for change, error, message in wrong:
         arguments = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias} | change
         with pytest.raises(error, match=message):
-            logprobs_custom_ops.linear_logprobs(**arguments)
+            operator(**arguments)
 
 
 def test_compiled_code_checks_values_when_it_runs():

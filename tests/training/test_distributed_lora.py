@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_distributed import check_like_one, history, launch, weights
 from tiny import one_thread  # noqa: F401
 
-# Adam divides by the gradient's size, which magnifies the rounding of a new adapter's first, small gradients: 1.2e-5 was
-# seen on a CPU of another make.
+# Adam divides by the gradient's size, which magnifies the rounding of a new adapter's first, small gradients: 1.2e-5
+# was seen on a CPU of another make.
 REL = 5e-5
 
 
