@@ -1,4 +1,5 @@
-"""The rule of arrows: a room imports rooms on lower floors only, and no two files import each other in a circle.
+"""The house: a room imports rooms on lower floors only, no files import each other in a circle, and a name that begins
+with an underscore stays in its file.
 
 It reads the sources; nothing of the package runs. ``powerflow_fast/kernels`` of an installed package is ``kernels/`` of
 a checkout.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +29,7 @@ FLOORS = (  # from the ground up; rooms on one floor do not know each other
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-UNSORTED = len(FLOORS)  # a module that is in no room yet: no room may import it
-FILES = {"errors", "version", "data"}
+UNSORTED = len(FLOORS)  # a module on no floor: nobody may import it
 
 Name = tuple[str, ...]
 
@@ -38,9 +39,6 @@ def sources(root: Path) -> dict[Name, ast.Module]:
     package = root / "powerflow_fast"
     files = {file.relative_to(package).with_suffix("").parts: file for file in package.rglob("*.py")}
     files |= {file.relative_to(root).with_suffix("").parts: file for file in (root / "kernels").rglob("*.py")}
-    files = {
-        name: file for name, file in files.items() if len(name) > 1 or name[0] in FILES
-    }  # the flat ones move later
     return {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in files.items()}
 
 
@@ -64,11 +62,9 @@ def upward(files: dict[Name, ast.Module]) -> list[str]:
     wrong = []
     for name, tree in files.items():
         room = name[0]
-        if room == "__init__" or room not in FLOOR:  # the package's face names what every room makes public
+        if room == "__init__":  # the package's face names what every room makes public
             continue
         for line, target in imports(name, tree):
-            if target[:1] == ("integrations",) or name[0] == "integrations":  # moves last
-                continue
             if target and target[0] != room and FLOOR.get(target[0], UNSORTED) >= FLOOR[room]:
                 wrong.append(f"{'/'.join(name)}.py:{line}: {room} may not import {'.'.join(target)}")
             elif not target or target[0].startswith("__"):
@@ -80,9 +76,20 @@ def check_circles(files: dict[Name, ast.Module]) -> None:
     """CycleError, which names the files, where some import each other in a circle."""
     graph: dict[Name, set[Name]] = {}
     for name, tree in files.items():
-        found = (path if path in files else path[:-1] for _, path in imports(name, tree))
+        found = {path if path in files else path[:-1] for _, path in imports(name, tree)}
+        found = {path if path in files else (*path, "__init__") for path in found}
         graph[name] = {path for path in found if path in files and path != name}
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def borrowed(files: dict[Name, ast.Module]) -> list[str]:
+    """Imports of a name that begins with an underscore, which belongs to its file."""
+    return [
+        f"{'/'.join(name)}.py:{line}: {path[-1]} is private"
+        for name, tree in files.items()
+        for line, path in imports(name, tree)
+        if path and path[-1].startswith("_") and not path[-1].startswith("__")
+    ]
 
 
 def test_imports_point_downward():
@@ -91,6 +98,24 @@ def test_imports_point_downward():
 
 def test_no_circle_of_files():
     check_circles(sources(ROOT))
+
+
+def test_private_names_stay_in_their_file():
+    assert [line for line in borrowed(sources(ROOT)) if not line.endswith(" _C is private")] == []
+
+
+def test_every_file_is_in_a_room_and_every_room_is_installed():
+    names = sources(ROOT)
+    assert {name[0] for name in names} - {"__init__"} == set(FLOOR)
+    assert {name[0] for name in names if len(name) == 1} == {"__init__", "data", "errors", "version"}
+    rooms = {f"powerflow_fast.{name[0]}" for name in names if len(name) > 1}
+    listed = re.search(r"(?ms)^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    assert set(re.findall(r'"([\w.]+)"', listed)) == {"powerflow_fast", *rooms}
+
+
+def test_no_file_is_long():
+    for file in [*ROOT.glob("powerflow_fast/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("csrc/*")]:
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 500, file
 
 
 def test_planted_faults_are_found():
@@ -107,6 +132,10 @@ def test_planted_faults_are_found():
         "ops/logprobs.py:2",
         "training/run.py:2",
     ]
+    assert borrowed({("ops", "a"): ast.parse("from .b import _x\nfrom .b import y")}) == ["ops/a.py:1: _x is private"]
+    face = {("ops", "__init__"): "from .a import x\n", ("ops", "a"): "from . import x\n"}
+    with pytest.raises(graphlib.CycleError):
+        check_circles({name: ast.parse(text) for name, text in face.items()})
     circle = {
         ("ops", "a"): "from . import b\n",
         ("ops", "b"): "def f():\n    from .c import x\n",

@@ -10,11 +10,8 @@ from typing import NoReturn
 
 from ..config.fields import RENAMED
 from ..errors import ConfigError, PowerFlowError, suggest
-from ..rewards.formats import FORMATS
 from ..version import __version__
-from .evaluate import add_commands
-from .info import _info
-from .train import _FIELDS, _flag, _settings, _train
+from . import evaluate, info, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,30 +52,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"powerflow-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser(
-        "train",
-        help="train a model",
-        usage="powerflow-fast train --model MODEL --prompts FILE --alpha ALPHA [--config FILE] [--OPTION VALUE ...]",
-        description="Train a Hugging Face causal language model. The command line wins over the config file, the "
-        "config file over the defaults.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    train.set_defaults(run=_train)
-    run = train.add_argument_group("the run")
-    run.add_argument("--model", help="hub name or local folder")
-    run.add_argument("--prompts", help=".jsonl, .json, .parquet or .txt file")
-    run.add_argument("--format", help=f"completions must have this form: {', '.join(FORMATS)}")
-    run.add_argument("--config", help="YAML file with any of these options, written with underscores")
-    run.add_argument("--traceback", help="show where in the code an error came from", action="store_true")
-    fields = train.add_argument_group("configuration")
-    for field in _FIELDS.values():
-        fields.add_argument(_flag(field.name), **_settings(field))
-
-    add_commands(commands)
+    train.add_command(commands)
+    evaluate.add_commands(commands)
     commands.add_parser("demo", help="train a small model right here and show what changed", add_help=False)
-    info = commands.add_parser("info", help="show versions, devices and what can run here")
-    info.set_defaults(run=_info)
+    info.add_command(commands)
 
     # --max_steps is as good as --max-steps.
     words = [re.sub(r"^--[^=]+", lambda option: option[0].replace("_", "-"), word) for word in argv]

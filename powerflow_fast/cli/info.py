@@ -6,8 +6,15 @@ import argparse
 import importlib.metadata
 import importlib.util
 import platform
+from typing import Any
 
 from ..version import __version__
+
+
+def add_command(commands: Any) -> None:
+    """The subcommand ``info`` of argparse's ``commands``."""
+    parser = commands.add_parser("info", help="show versions, devices and what can run here")
+    parser.set_defaults(run=_info)
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -11,17 +11,33 @@ from typing import Any
 from ..config.files import parse_value, read_yaml
 from ..config.options import PowerFlowConfig
 from ..errors import ConfigError
-from ..rewards.formats import resolve_format
+from ..rewards.formats import FORMATS, resolve_format
 
 # What a config file may set besides the fields of PowerFlowConfig.
 _RUN_KEYS = ("model", "prompts", "format")
 
 
-_FIELDS = {f.name: f for f in dataclasses.fields(PowerFlowConfig)}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def add_command(commands: Any) -> None:
+    """The subcommand ``train`` of argparse's ``commands``."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model",
+        usage="powerflow-fast train --model MODEL --prompts FILE --alpha ALPHA [--config FILE] [--OPTION VALUE ...]",
+        description="Train a Hugging Face causal language model. The command line wins over the config file, the "
+        "config file over the defaults.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_train)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--model", help="hub name or local folder")
+    run.add_argument("--prompts", help=".jsonl, .json, .parquet or .txt file")
+    run.add_argument("--format", help=f"completions must have this form: {', '.join(FORMATS)}")
+    run.add_argument("--config", help="YAML file with any of these options, written with underscores")
+    run.add_argument("--traceback", help="show where in the code an error came from", action="store_true")
+    options = parser.add_argument_group("configuration")
+    for field in dataclasses.fields(PowerFlowConfig):
+        options.add_argument(f"--{field.name.replace('_', '-')}", **_settings(field))
 
 
 def _settings(field: dataclasses.Field) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .fields import matches
-from .options import _FIELD_TYPES, PowerFlowConfig, _unknown
+from .options import FIELD_TYPES, PowerFlowConfig, unknown_field
 
 
 def read_yaml(path: str | Path, *, also: Iterable[str] = ()) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def read_yaml(path: str | Path, *, also: Iterable[str] = ()) -> dict[str, Any]:
         if key.value in seen:
             raise ConfigError(f"{where}: {key.value} is given twice")
         seen.add(key.value)
-        if key.value not in also and (message := _unknown(key.value)):
+        if key.value not in also and (message := unknown_field(key.value)):
             raise ConfigError(f"{where}: {message}")
     return {name: parse_value(name, value) if isinstance(value, str) else value for name, value in values.items()}
 
@@ -57,7 +57,7 @@ def parse_value(name: str, text: str) -> Any:
 
     YAML reads ``1e-6`` as a string, and the command line has only strings: both come through here.
     """
-    hint = _FIELD_TYPES.get(name, str)
+    hint = FIELD_TYPES.get(name, str)
     candidates: list[Any] = []
     if text.lower() in ("none", "null"):
         candidates.append(None)

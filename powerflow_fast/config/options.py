@@ -218,7 +218,7 @@ class PowerFlowConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            setattr(self, f.name, checked(f, _FIELD_TYPES[f.name], getattr(self, f.name)))
+            setattr(self, f.name, checked(f, FIELD_TYPES[f.name], getattr(self, f.name)))
         alpha_request(self.alpha)
         for name, only in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != only:
@@ -361,7 +361,7 @@ class PowerFlowConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> PowerFlowConfig:
         """The config with ``values`` over the defaults; an unknown name raises, with the nearest one suggested."""
         for name in values:
-            if message := _unknown(name):
+            if message := unknown_field(name):
                 raise config_error(message)
         return cls(**values)
 
@@ -403,7 +403,7 @@ class PowerFlowConfig:
                 lines.append(f"{name}: not recorded in the checkpoint, this run has {value!r}")
             elif other != value:
                 lines.append(f"{name}: checkpoint has {other!r}, this run has {value!r}")
-        unknown = sorted(saved.keys() - _FIELD_TYPES.keys())
+        unknown = sorted(saved.keys() - FIELD_TYPES.keys())
         return lines + [f"{n}: checkpoint has {saved[n]!r}, this version has no such field" for n in unknown]
 
 
@@ -412,12 +412,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _unknown(name: str) -> str | None:
+def unknown_field(name: str) -> str | None:
     """What is wrong with the field name ``name``, or ``None``."""
-    if name in _FIELD_TYPES:
+    if name in FIELD_TYPES:
         return None
-    hint = f": {RENAMED[name]}" if name in RENAMED else suggest(str(name), _FIELD_TYPES)
+    hint = f": {RENAMED[name]}" if name in RENAMED else suggest(str(name), FIELD_TYPES)
     return f"unknown field {name!r}{hint}"
 
 
-_FIELD_TYPES: dict[str, Any] = get_type_hints(PowerFlowConfig)
+FIELD_TYPES: dict[str, Any] = get_type_hints(PowerFlowConfig)

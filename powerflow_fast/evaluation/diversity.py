@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from ..errors import ConfigError
-from ..tools.ngrams import _ngrams, repeated_ngrams
+from ..tools.ngrams import ngrams, repeated_ngrams
 
 _ORDER = 4  # of BLEU
 
@@ -27,7 +27,7 @@ def distinct_n(sequences: Sequence[Sequence[Any]], n: int) -> float:
     ``sequences`` are lists of words or of token ids. The share falls as texts get longer: compare at like lengths.
     Source: Li et al. 2016, arXiv 1510.03055, section 5.
     """
-    grams = [gram for s in sequences for gram in _ngrams("distinct_n", s, n)]
+    grams = [gram for s in sequences for gram in ngrams("distinct_n", s, n)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
 

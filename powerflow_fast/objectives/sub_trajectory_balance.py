@@ -12,7 +12,7 @@ from ..ops.logprobs_autograd import refuse_second_derivative
 from ..ops.segments import prefix_sums, segment_sum
 from .residual_losses import ResidualLoss, ResidualLossName, resolve_residual_loss
 from .trajectories import ObjectiveOutput, Trajectories
-from .trajectory_balance import _output
+from .trajectory_balance import output
 
 _BLOCK = 1 << 20
 """Residuals in memory at a time: 8 MiB, and a few times that for what is made of them."""
@@ -174,7 +174,7 @@ def subtb(
         flows = log_z[:, None] * to_go
     values = runs.mean(potentials - flows, g)
     whole = (segment_sum(excess, t.cu_seqlens) + flows[:, 0]) / t.lengths.clamp(min=1)
-    return _output(t, weight, values, whole, log_z)
+    return output(t, weight, values, whole, log_z)
 
 
 def _group_slope(

@@ -154,7 +154,7 @@ def token_tb(trajectories: Trajectories, *, residual_loss: ResidualLossName = "s
     weight = t.importance_weight().double()
     log_z = _log_z(op, t, excess, weight, g, per_token=True)
     delta = t.per_token(log_z) + excess
-    return _output(t, weight, t.means(g.value(delta)), t.means(delta), log_z)
+    return output(t, weight, t.means(g.value(delta)), t.means(delta), log_z)
 
 
 def _excess(t: Trajectories) -> Tensor:
@@ -216,10 +216,10 @@ def _balance(op: str, t: Trajectories, excess: Tensor, g: ResidualLoss, *, learn
     if not learned:
         log_z = log_z.detach()
     delta = (log_z + excess).where(t.has_tokens, 0.0)
-    return _output(t, weight, g.value(delta), delta, log_z)
+    return output(t, weight, g.value(delta), delta, log_z)
 
 
-def _output(t: Trajectories, weight: Tensor, values: Tensor, delta: Tensor, log_z: Tensor) -> ObjectiveOutput:
+def output(t: Trajectories, weight: Tensor, values: Tensor, delta: Tensor, log_z: Tensor) -> ObjectiveOutput:
     dtype = t.logps.dtype
     delta, log_z = delta.detach().where(t.has_tokens, 0.0), log_z.detach()
     loss = t.sequence_mean(weight * values)

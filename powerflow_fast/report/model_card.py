@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..tools.tables import _cell, escaped
+from ..tools.tables import cell, escaped
 from ..version import __version__
 from .metrics import METRICS
 
@@ -57,7 +57,7 @@ def write_model_card(
     if metrics:
         lines += ["## First and last recorded step", "", "| | first | last |", "|---|---:|---:|"]
         for metric, first, last in metrics:
-            lines.append(f"| {escaped(METRICS.get(metric, metric))} | {_cell(first)} | {_cell(last)} |")
+            lines.append(f"| {escaped(METRICS.get(metric, metric))} | {cell(first)} | {cell(last)} |")
         lines += ["", "Measured by the run itself on the completions sampled for those steps.", ""]
     shown = {k: v for k, v in config.items() if k not in ("output_dir", "resume_from_checkpoint")}
     lines += ["## Configuration", "", "```json", json.dumps(shown, indent=2), "```", ""]

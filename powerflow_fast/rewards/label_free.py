@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.segments import segment_sum
 from .answers import Equivalence, cluster_answers, extract_answer, same_answer
-from .reward import RewardInputs, _tensor
+from .reward import RewardInputs, one_per_completion
 
 
 def _clusters(op: str, inputs: RewardInputs, equivalent: Equivalence) -> Iterable[tuple[list[int], list[int]]]:
@@ -43,7 +43,7 @@ def empo(inputs: RewardInputs, *, equivalent: Equivalence = same_answer) -> Tens
     for members, clusters in _clusters("empo", inputs, equivalent):
         for number, cluster in zip(members, clusters, strict=True):
             values[number] = clusters.count(cluster) / len(members)
-    return _tensor(values, inputs)
+    return one_per_completion(values, inputs)
 
 
 def ttrl(inputs: RewardInputs, *, equivalent: Equivalence = same_answer) -> Tensor:
@@ -70,7 +70,7 @@ def ttrl(inputs: RewardInputs, *, equivalent: Equivalence = same_answer) -> Tens
         winner = max(votes, key=votes.count, default=None)  # of equal counts max takes the first
         for number, cluster in zip(members, clusters, strict=True):
             values[number] = float(cluster == winner)
-    return _tensor(values, inputs)
+    return one_per_completion(values, inputs)
 
 
 def intuitor(inputs: RewardInputs) -> Tensor:

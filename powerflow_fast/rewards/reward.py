@@ -181,7 +181,7 @@ class RewardSum:
 # Rewards of confidence
 
 
-def _tensor(values: list[float], inputs: RewardInputs) -> Tensor:
+def one_per_completion(values: list[float], inputs: RewardInputs) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=inputs.group_ids.device)
 
 

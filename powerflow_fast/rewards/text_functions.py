@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..tools.user_functions import Columns, number_of
-from .reward import Reward, RewardInputs, _tensor
+from .reward import Reward, RewardInputs, one_per_completion
 
 
 def user_reward(fn: Callable[..., Any], *, name: str | None = None) -> Reward:
@@ -62,7 +62,7 @@ class _TextReward:
         for number, (prompt, completion, row) in enumerate(rows):
             result = self.fn(prompt, completion, **self._keywords(row, inputs, number))
             values.append(_number(self.name, result, inputs, number))
-        return _tensor(values, inputs)
+        return one_per_completion(values, inputs)
 
     def batch(self, inputs: RewardInputs) -> Tensor:
         names = dict.fromkeys(name for row in inputs.columns for name in row)
@@ -81,7 +81,7 @@ class _TextReward:
             )
         if len(result) != len(inputs):
             raise ConfigError(f"reward {self.name!r} must return B={len(inputs)} numbers, got {len(result)}")
-        return _tensor([_number(self.name, value, inputs, i) for i, value in enumerate(result)], inputs)
+        return one_per_completion([_number(self.name, value, inputs, i) for i, value in enumerate(result)], inputs)
 
     def _keywords(self, given: Mapping[str, Any], inputs: RewardInputs, number: int) -> dict[str, Any]:
         chosen = self.columns.chosen(given)

@@ -10,13 +10,13 @@ def repeated_ngrams(sequences: Sequence[Sequence[Any]], n: int = 4) -> tuple[int
     """N-grams that came before in the same sequence, and all n-grams, summed over ``sequences``."""
     repeated = total = 0
     for sequence in sequences:
-        grams = _ngrams("repetition", sequence, n)
+        grams = ngrams("repetition", sequence, n)
         repeated += len(grams) - len(set(grams))
         total += len(grams)
     return repeated, total
 
 
-def _ngrams(op: str, sequence: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
+def ngrams(op: str, sequence: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
     if n < 1:
         raise ValueError(f"{op}: n must be at least 1, got {n}")
     return [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]

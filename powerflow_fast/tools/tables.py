@@ -10,7 +10,7 @@ from typing import Any
 
 def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """A text table: columns two spaces apart, numbers (to 4 digits) to the right, other cells to the left."""
-    cells = [[_cell(c) for c in row] for row in rows]
+    cells = [[cell(c) for c in row] for row in rows]
     numeric = [all(isinstance(row[j], (int, float)) for row in rows) and bool(rows) for j in range(len(header))]
     widths = [max(len(row[j]) for row in [list(header), *cells]) for j in range(len(header))]
 
@@ -20,7 +20,7 @@ def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, cells)])
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
