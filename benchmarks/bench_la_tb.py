@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from la_tb_case import LaTbCase, la_tb_inputs
-from la_tb_peers import LA_TB_PROVIDERS, la_tb_step
+from cases.la_tb import LaTbCase, la_tb_inputs
+from peers.la_tb import LA_TB_PROVIDERS, la_tb_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from head_case import MODES, HeadCase, head_inputs
-from head_peers import default_head_providers, head_step
+from cases.head import MODES, HeadCase, head_inputs
+from peers.head import default_head_providers, head_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (8192, 151936, 1536) if DEVICE.type == "cuda" else (256, 16384, 256)

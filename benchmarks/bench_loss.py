@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_case import LossCase, loss_inputs
-from loss_peers import loss_providers, loss_step
+from cases.loss import LossCase, loss_inputs
+from peers.loss import loss_providers, loss_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (8192, 151936, 1536, 16) if DEVICE.type == "cuda" else (256, 16384, 256, 8)

@@ -22,11 +22,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import measure  # noqa: E402
-from head_case import HeadCase, head_inputs  # noqa: E402
-from head_peers import HEAD_PROVIDERS, head_step  # noqa: E402
-from loss_case import LossCase, loss_inputs  # noqa: E402
-from loss_peers import OURS, loss_step  # noqa: E402
+from cases.head import HeadCase, head_inputs  # noqa: E402
+from cases.loss import LossCase, loss_inputs  # noqa: E402
 from measure import source_digest  # noqa: E402
+from peers.head import HEAD_PROVIDERS, head_step  # noqa: E402
+from peers.loss import OURS, loss_step  # noqa: E402
 from product_rates import median_ms  # noqa: E402
 from suites import GPU_HEADS  # noqa: E402
 

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from head_case import HeadCase, head_errors, head_inputs, head_reference
-from head_peers import default_head_providers, head_step
-from la_tb_case import LaTbCase, la_tb_errors, la_tb_inputs, la_tb_reference
-from la_tb_peers import LA_TB_PROVIDERS, la_tb_step
-from loss_case import LossCase, loss_errors, loss_inputs, loss_reference
-from loss_peers import loss_providers, loss_step
+from cases.head import HeadCase, head_errors, head_inputs, head_reference
+from cases.la_tb import LaTbCase, la_tb_errors, la_tb_inputs, la_tb_reference
+from cases.loss import LossCase, loss_errors, loss_inputs, loss_reference
+from cases.rollout import RolloutCase, rollout_errors, rollout_inputs, rollout_reference
+from cases.update import UpdateCase, update_errors, update_inputs, update_reference
 from measure import Outputs
+from peers.head import default_head_providers, head_step
+from peers.la_tb import LA_TB_PROVIDERS, la_tb_step
+from peers.loss import loss_providers, loss_step
+from peers.rollout import ROLLOUT_PROVIDERS, rollout_step
+from peers.update import UPDATE_PROVIDERS, update_step
 from providers import Provider
-from rollout_case import RolloutCase, rollout_errors, rollout_inputs, rollout_reference
-from rollout_peers import ROLLOUT_PROVIDERS, rollout_step
-from update_case import UpdateCase, update_errors, update_inputs, update_reference
-from update_peers import UPDATE_PROVIDERS, update_step
 
 Case = HeadCase | LossCase | LaTbCase | UpdateCase | RolloutCase
 

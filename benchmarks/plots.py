@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from head_peers import HEAD_PROVIDERS
+from peers.head import HEAD_PROVIDERS
 from results import Providers, Row, by_case, case_of, device_of, fastest, floor
 
 QUANTITIES: dict[str, tuple[str, Callable[[Row], float | None]]] = {

@@ -28,7 +28,7 @@ if importlib.util.find_spec("powerflow_fast") is None:
 import measure  # noqa: E402
 import results  # noqa: E402
 import torch  # noqa: E402
-from head_case import DTYPES  # noqa: E402
+from cases.head import DTYPES  # noqa: E402
 from operations import OPERATIONS, Case, Operation  # noqa: E402
 from providers import Provider  # noqa: E402
 from suites import SUITES  # noqa: E402

@@ -4,12 +4,12 @@ has those.
 
 from __future__ import annotations
 
-from head_case import HeadCase
-from la_tb_case import LaTbCase
-from loss_case import LossCase
+from cases.head import HeadCase
+from cases.la_tb import LaTbCase
+from cases.loss import LossCase
+from cases.rollout import RolloutCase
+from cases.update import UpdateCase
 from operations import Case
-from rollout_case import RolloutCase
-from update_case import UpdateCase
 
 CPU_SHAPES = ((1024, 151936, 896), (2048, 49152, 576))
 GPU_HEADS = ((151936, 1536), (151936, 3584), (128256, 4096), (262144, 2304), (151936, 896), (49152, 576))

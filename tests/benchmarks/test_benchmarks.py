@@ -18,14 +18,14 @@ if not (BENCHMARKS / "run.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
 
-import head_peers  # noqa: E402
 import measure  # noqa: E402
 import operations  # noqa: E402
 import plots  # noqa: E402
 import render  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
-from head_case import HeadCase  # noqa: E402
+from cases.head import HeadCase  # noqa: E402
+from peers import head as head_peers  # noqa: E402
 
 CPU = torch.device("cpu")
 RESULTS = BENCHMARKS / "results"

@@ -15,16 +15,16 @@ if not (BENCHMARKS / "run.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
 
-import head_case  # noqa: E402
-import head_peers  # noqa: E402
-import la_tb_case  # noqa: E402
-import la_tb_peers  # noqa: E402
-import loss_case  # noqa: E402
-import loss_peers  # noqa: E402
 import measure  # noqa: E402
-import update_case  # noqa: E402
-import update_peers  # noqa: E402
-from head_case import MODES, HeadCase, head_inputs, head_reference  # noqa: E402
+from cases import head as head_case  # noqa: E402
+from cases import la_tb as la_tb_case  # noqa: E402
+from cases import loss as loss_case  # noqa: E402
+from cases import update as update_case  # noqa: E402
+from cases.head import MODES, HeadCase, head_inputs, head_reference  # noqa: E402
+from peers import head as head_peers  # noqa: E402
+from peers import la_tb as la_tb_peers  # noqa: E402
+from peers import loss as loss_peers  # noqa: E402
+from peers import update as update_peers  # noqa: E402
 
 from powerflow_fast.ops.torch_products import compiled_products_run  # noqa: E402
 

@@ -16,13 +16,13 @@ if not (BENCHMARKS / "run.py").is_file():
     pytest.skip("benchmarks/ isn't part of this copy", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
 
-import head_peers  # noqa: E402
-import update_case  # noqa: E402
-import update_peers  # noqa: E402
-from rollout_case import rollout_errors, rollout_inputs  # noqa: E402
-from rollout_peers import ROLLOUT_PROVIDERS, rollout_step  # noqa: E402
+from cases import update as update_case  # noqa: E402
+from cases.rollout import rollout_errors, rollout_inputs  # noqa: E402
+from cases.update import UpdateCase, update_errors, update_inputs, update_reference  # noqa: E402
+from peers import head as head_peers  # noqa: E402
+from peers import update as update_peers  # noqa: E402
+from peers.rollout import ROLLOUT_PROVIDERS, rollout_step  # noqa: E402
 from suites import SUITES  # noqa: E402
-from update_case import UpdateCase, update_errors, update_inputs, update_reference  # noqa: E402
 
 CPU = torch.device("cpu")
 OURS_AND_NAIVE = [p for p in update_peers.UPDATE_PROVIDERS if p.kind in ("ours", "baseline")]

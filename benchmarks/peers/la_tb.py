@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from la_tb_case import LaTbCase, LaTbInputs, LossTerms
+from cases.la_tb import LaTbCase, LaTbInputs, LossTerms
 from measure import Outputs
 from providers import Provider, require_compiled_op
 from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from head_case import relative_error
+from cases.head import relative_error
 from torch import Tensor
 
 from powerflow_fast.kernels.la_tb_reference import la_tb_loss_ref

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from cases.rollout import RolloutCase, RolloutInputs, rollout_inputs
 from measure import Outputs
 from providers import Provider
-from rollout_case import RolloutCase, RolloutInputs, rollout_inputs
 
 from powerflow_fast.rollout import ContinuousBatchingEngine, HFGenerateEngine, RolloutEngine
 

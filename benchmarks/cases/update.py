@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from head_case import relative_error
+from cases.head import relative_error
 from torch import Tensor, nn
 
 from powerflow_fast.models import pad_batch

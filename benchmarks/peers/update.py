@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from cases.update import ALPHA, GROUP, UpdateCase, UpdateInputs, sharing
 from measure import Outputs
 from providers import Provider, whole_package
 from torch import Tensor
-from update_case import ALPHA, GROUP, UpdateCase, UpdateInputs, sharing
 
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.models import BaseScorer, CausalLMScorer, pad_batch

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from head_case import HeadCase, HeadInputs, HeadReference, gradient_errors, head_inputs, head_reference, relative_error
-from la_tb_case import LossTerms, exact_loss, format_penalties, packed_boundaries
+from cases.head import HeadCase, HeadInputs, HeadReference, gradient_errors, head_inputs, head_reference, relative_error
+from cases.la_tb import LossTerms, exact_loss, format_penalties, packed_boundaries
 from torch import Tensor
 
 

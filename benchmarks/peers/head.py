@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from head_case import DTYPES, IGNORE, HeadCase, HeadInputs
+from cases.head import DTYPES, IGNORE, HeadCase, HeadInputs
 from measure import Outputs
 from providers import Provider, package, require_cuda
 from torch import Tensor

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from cases.update import random_model
 from measure import Outputs
 from torch import Tensor
-from update_case import random_model
 
 MEAN_LENGTH = 32
 VOCAB_START = 3

@@ -1,6 +1,6 @@
 """Who computes the LA-TB loss from hidden states: functions ``(hidden, weight, labels, terms, log_z) -> loss``.
 
-Peers give log-probs (head_peers.py) and get the loss in vectorised PyTorch on top, as their users would write it.
+Peers give log-probs (peers/head.py) and get the loss in vectorised PyTorch on top, as their users would write it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from head_case import DTYPES
-from head_peers import default_head_providers, gemm_step, our_passes
-from la_tb_case import LossTerms
-from la_tb_peers import la_tb_eager
-from loss_case import LossCase, LossInputs
+from cases.head import DTYPES
+from cases.la_tb import LossTerms
+from cases.loss import LossCase, LossInputs
 from measure import Outputs
+from peers.head import default_head_providers, gemm_step, our_passes
+from peers.la_tb import la_tb_eager
 from providers import Provider, require_compiled_op
 from torch import Tensor
 
