@@ -113,6 +113,14 @@ def test_every_file_is_in_a_room_and_every_room_is_installed():
     assert set(re.findall(r'"([\w.]+)"', listed)) == {"powerflow_fast", *rooms}
 
 
+def test_contributing_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)+\w+\.(?:py|h|cpp))`", text)
+    assert len(named) > 20
+    for name in named:
+        assert (ROOT / "powerflow_fast" / name).is_file() or (ROOT / name).is_file(), name
+
+
 def test_no_file_is_long():
     for file in [*ROOT.glob("powerflow_fast/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("csrc/*")]:
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 500, file
