@@ -33,7 +33,7 @@ from .hopper_pipeline import (
     tile_origin,
     tiles_of_program,
 )
-from .interface import LogitTransform
+from .interface import HeadCall
 
 PLAN = Plan()  # a launch's, where it names none
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -46,13 +46,13 @@ WARPS = gl.constexpr([4, 1])
 REGISTERS = gl.constexpr([240, 24])
 
 
-def supported(hidden: Tensor, bias: Tensor | None, transform: LogitTransform) -> bool:
+def supported(call: HeadCall) -> bool:
     """Whether these kernels can stand in for the Triton tile kernels: two-byte floats on sm_90, a factor above 0, and
     neither bias nor softcap."""
-    plain = bias is None and transform.logit_softcap is None
-    if not plain or hidden.dtype not in DTYPES or not launch.logit_factors(transform)[0] > 0:
+    plain = call.bias is None and call.transform.logit_softcap is None
+    if not plain or call.hidden.dtype not in DTYPES or not launch.logit_factors(call.transform)[0] > 0:
         return False
-    return launch.capability_of(hidden.device) == (9, 0)
+    return launch.capability_of(call.hidden.device) == (9, 0)
 
 
 @gluon.jit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class HeadCall(NamedTuple):
     transform: LogitTransform = LogitTransform()
     ignore_index: int | None = -100
     """label of rows to leave out; None: no row is left out"""
+
+    def of_rows(self, rows: slice | Tensor) -> HeadCall:
+        """The same head on some of the rows."""
+        return self._replace(hidden=self.hidden[rows], labels=self.labels[rows])
 
 
 class RowStatistics(NamedTuple):
@@ -136,3 +140,52 @@ class HeadSums:
                 if x is not None:
                     x.zero_()
         return self.d_weight, self.d_bias
+
+
+class HeadBackend(Protocol):
+    """The passes over the vocabulary that a backend gives: modules whose functions are these."""
+
+    def linear_logprob_fwd(self, call: HeadCall, *, stats: bool = False) -> ForwardOutput:
+        """Log-probs, and what `linear_logprob_bwd` needs to form the logits anew: 2NVH FLOP."""
+
+    def linear_logprob_fwd_d_hidden(self, call: HeadCall, *, stats: bool = False) -> HiddenGradient:
+        """Log-probs under a frozen head with their gradient but for the upstream factor: 4NVH FLOP."""
+
+    def linear_logprob_fwd_exps(
+        self, call: HeadCall, *, memory: Tensor | None = None, stats: bool = False
+    ) -> RowExponentials:
+        """Log-probs, and exponentials from which `linear_logprob_bwd_exps` makes the gradients: 2NVH FLOP. All rows
+        count: ``call.ignore_index`` is not looked at. ``memory``: ``N * kept_width(V)`` elements or more to keep them
+        in."""
+
+    def linear_logprob_bwd(
+        self,
+        call: HeadCall,
+        forward: ForwardOutput,
+        d_logp: Tensor,
+        *,
+        need_d_hidden: bool,
+        need_d_weight: bool,
+        need_d_bias: bool,
+        add_to: HeadSums | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """d_hidden, d_weight and d_bias from logits that are formed anew: 2NVH FLOP, and 2NVH for each of the first
+        two. None where not needed, or where added to the sums ``add_to``."""
+
+    def linear_logprob_bwd_exps(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        kept: RowExponentials,
+        d_logp: Tensor,
+        *,
+        need_d_hidden: bool,
+        add_to: HeadSums,
+    ) -> Tensor | None:
+        """d_hidden from kept exponentials; the head's gradients are added to ``add_to``: 2NVH FLOP each."""
+
+    def kept_dtype(self, hidden: Tensor) -> torch.dtype:
+        """Of the exponentials that `linear_logprob_fwd_exps` keeps."""
+
+    def scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(x * factor).to(dtype)``, in x's own memory where that has the dtype."""

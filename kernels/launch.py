@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .interface import LogitTransform
+from .interface import HeadCall, LogitTransform
 
 SCRATCH_BYTES = 512 * 2**20  # bound on the one [rows, vocabulary] buffer that a gradient needs at a time
 SCRATCH_ROWS = 8192  # rows per forward launch: bounds the gathered rows and the partial sums; 64 row tiles fill any GPU
@@ -79,6 +79,28 @@ def choose_tile(x: Tensor, *, heavy: bool) -> Tile:
     return tile_for(x.dtype, capability_of(x.device), heavy=heavy)
 
 
+class Setup(NamedTuple):
+    """A head as the kernels take it."""
+
+    weight: Tensor
+    """`readable`"""
+    bias: Tensor | None
+    """contiguous"""
+    softcap: bool
+    pre: float
+    post: float
+    slope: float
+    """of `logit_factors`"""
+    tile: Tile
+
+
+def setup_of(call: HeadCall) -> Setup:
+    softcap = call.transform.logit_softcap is not None
+    bias = None if call.bias is None else call.bias.contiguous()
+    tile = choose_tile(call.hidden, heavy=softcap)
+    return Setup(readable(call.weight), bias, softcap, *logit_factors(call.transform), tile)
+
+
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 for the CPU interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -105,13 +127,14 @@ def plan_columns(num_columns: int, column_bytes: int, tile: Tile) -> int:
 
 
 def launcher(function: Callable) -> Callable:
-    """Run ``function(hidden, ...)`` with hidden's device current, which is where Triton launches, and without autocast,
-    which would round the float32 products."""
+    """Run ``function(x, ...)``, x a tensor or a `HeadCall`, with its device current, which is where Triton launches,
+    and without autocast, which would round the float32 products."""
 
     @functools.wraps(function)
-    def launch(hidden: Tensor, *args, **kwargs):
+    def launch(x: Tensor | HeadCall, *args, **kwargs):
+        hidden = x.hidden if isinstance(x, HeadCall) else x
         with torch.cuda.device_of(hidden), torch.autocast("cuda" if hidden.is_cuda else "cpu", enabled=False):
-            return function(hidden, *args, **kwargs)
+            return function(x, *args, **kwargs)
 
     return launch
 

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from .active_tiles import active_tiles
 from .hopper_choice import hopper_tiles_for
-from .interface import ForwardOutput, HeadSums, LogitTransform, RowExponentials
+from .interface import ForwardOutput, HeadCall, HeadSums, RowExponentials
 from .launch import (
     add_matmul_fp32_,
-    choose_tile,
     launcher,
-    logit_factors,
     matmul_fp32,
     num_sms,
     operands,
     plan_columns,
     readable,
+    setup_of,
 )
 from .tiles import LOG2_E, WITH_LABEL, exp2, logit_scale, logit_tile, rows_with_labels, tile_origin
 
@@ -71,12 +70,7 @@ def _logit_gradient_kernel(
 
 @launcher
 def linear_logprob_bwd(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int,
+    call: HeadCall,
     forward: ForwardOutput,
     d_logp: Tensor,
     *,
@@ -94,8 +88,8 @@ def linear_logprob_bwd(
     upstream gradient is 0, are left out of the logits where they fill whole tiles. Scratch: SCRATCH_BYTES, and 4NH
     bytes for the sum of d_hidden. Deterministic; no host sync.
     """
-    n, h = hidden.shape
-    v = weight.shape[0]
+    hidden, weight, labels, bias, _, ignore_index = call
+    (n, h), v = hidden.shape, weight.shape[0]
     need_d_bias = need_d_bias and bias is not None
     if n == 0:
         return (
@@ -103,12 +97,8 @@ def linear_logprob_bwd(
             torch.zeros_like(weight) if need_d_weight and add_to is None else None,
             torch.zeros_like(bias) if need_d_bias and add_to is None else None,
         )
-    hidden, weight = readable(hidden), readable(weight)
-    softcap = transform.logit_softcap is not None
-    pre, post, slope = logit_factors(transform)
-    tile = choose_tile(hidden, heavy=softcap)
-    bias = None if bias is None else bias.contiguous()
-    labels = labels.contiguous()
+    hidden, labels = readable(hidden), labels.contiguous()
+    weight, bias, softcap, pre, post, slope, tile = setup_of(call)
     factor = torch.where(labels == ignore_index, 0.0, -slope * torch.expm1(forward.logp) * d_logp.float())
     scaled, scale = hidden, None
     if hidden.dtype == torch.float16:  # too short in range for small factors: powers of two go to the N x H side
@@ -120,7 +110,7 @@ def linear_logprob_bwd(
     total = None
     columns = plan_columns(v, n * hidden.element_size(), tile)
     scratch = hidden.new_empty(n, columns)
-    hopper = hopper_tiles_for(hidden, bias, transform)
+    hopper = hopper_tiles_for(call)
     tiles = active_tiles((factor != 0.0).to(torch.int32)) if hopper else None
     for first in range(0, v, columns):
         part = slice(first, min(first + columns, v))

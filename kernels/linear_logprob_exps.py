@@ -15,8 +15,18 @@ from torch import Tensor
 
 from .active_tiles import active_tiles, sort_rows
 from .hopper_choice import hopper_tiles_for
-from .interface import HiddenGradient, LogitTransform, RowExponentials, RowStatistics, kept_width
-from .launch import Tile, choose_tile, launcher, logit_factors, matmul_fp32, num_sms, operands, plan_rows, readable
+from .interface import HeadCall, HiddenGradient, RowExponentials, RowStatistics, kept_width
+from .launch import (
+    Tile,
+    launcher,
+    logit_factors,
+    matmul_fp32,
+    num_sms,
+    operands,
+    plan_rows,
+    readable,
+    setup_of,
+)
 from .linear_logprob_fwd import label_logits, store_statistics
 from .tiles import (
     LN_2,
@@ -279,27 +289,19 @@ def _unit_gradient_kernel(
 
 
 def _exponentials(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int,
-    exps: Tensor,
-    partial: Tensor,
-    tile: Tile,
-    row_tiles: Tensor | None = None,
+    call: HeadCall, exps: Tensor, partial: Tensor, tile: Tile, row_tiles: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Fills ``exps`` and ``partial``, (2, tiles, rows) or 4 for 2 with statistics, as `_exp_tile_kernel` does: around
     each row's z_y, then once more, around the maximum, the rows that leave their dtype's range so. Returns
     (z_y, (dz/du)_y / slope with a softcap, anchor). ``row_tiles``: `active_tiles` of the rows that count, if known."""
+    hidden, weight, labels, bias, transform, _ = call
     (n, h), v = hidden.shape, weight.shape[0]
     pre, post, _ = logit_factors(transform)
     tiles, plane = partial.shape[1], partial.stride(0)
     floor, limit = ANCHOR_RANGE[hidden.dtype]
     anchor = hidden.new_empty(n, dtype=torch.float32)
-    logit, bend, active = label_logits(hidden, weight, labels, bias, transform, ignore_index, anchor)
-    hopper, sms = hopper_tiles_for(hidden, bias, transform), num_sms(hidden.device)
+    logit, bend, active = label_logits(call, anchor)
+    hopper, sms = hopper_tiles_for(call), num_sms(hidden.device)
     if not hopper:
         a, b, *strides = operands(hidden, weight, tile)
         inputs = a, b, bias, labels, active, anchor
@@ -324,16 +326,7 @@ def _exponentials(
 
 
 @launcher
-def linear_logprob_fwd_d_hidden(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int,
-    *,
-    stats: bool = False,
-) -> HiddenGradient:
+def linear_logprob_fwd_d_hidden(call: HeadCall, *, stats: bool = False) -> HiddenGradient:
     """``logp`` and statistics as `linear_logprob_fwd` gives them, and ``d logp[i] / d hidden[i]``.
 
     For a head that takes no gradient. The backward pass is then a row scale, and both together cost 4NVH FLOP: the
@@ -342,13 +335,9 @@ def linear_logprob_fwd_d_hidden(
     Scratch: SCRATCH_BYTES for E (with float32, for E and the products), and per row of its chunk H elements, H float32
     and ``ceil(V / BLOCK_V) * 8`` bytes (16 for 8 with ``stats``).
     """
-    n, h = hidden.shape
-    v = weight.shape[0]
-    weight = readable(weight)
-    softcap = transform.logit_softcap is not None
-    slope = logit_factors(transform)[2]
-    tile = choose_tile(hidden, heavy=softcap)
-    bias = None if bias is None else bias.contiguous()
+    hidden, weight, labels, bias, transform, ignore_index = call
+    (n, h), v = hidden.shape, weight.shape[0]
+    weight, bias, softcap, _, _, slope, tile = setup_of(call)
     logp = hidden.new_empty(n, dtype=torch.float32)
     row_stats = hidden.new_empty(3, n, dtype=torch.float32) if stats else None
     # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
@@ -366,9 +355,8 @@ def linear_logprob_fwd_d_hidden(
     for part, y, row_tiles in zip(rows.split(size), ordered.split(size), tiles_of_rows, strict=True):
         chunk = readable(hidden.index_select(0, part))
         count = len(part)
-        logit, bend, anchor = _exponentials(
-            chunk, weight, y, bias, transform, ignore_index, exps, partial, tile, row_tiles
-        )  # fmt: skip
+        of_chunk = HeadCall(chunk, weight, y, bias, transform, ignore_index)
+        logit, bend, anchor = _exponentials(of_chunk, exps, partial, tile, row_tiles)
         product = matmul_fp32(exps[:count, :v], weight)
         _unit_gradient_kernel[(triton.cdiv(count, 16),)](
             partial, logit, bend, anchor, y, part, product, weight, logp, row_stats, d_hidden,
@@ -379,27 +367,16 @@ def linear_logprob_fwd_d_hidden(
 
 
 @launcher
-def linear_logprob_fwd_exps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    *,
-    memory: Tensor | None = None,
-    stats: bool = False,
-) -> RowExponentials:
+def linear_logprob_fwd_exps(call: HeadCall, *, memory: Tensor | None = None, stats: bool = False) -> RowExponentials:
     """``logp``, statistics and what `linear_logprob_bwd_exps` needs for the gradients of a trainable head: 2NVH FLOP.
 
     Keeps V elements per row of hidden's dtype, whose range must not be float16's (the upstream gradient comes later),
     in ``memory`` where that is given (``N * kept_width(V)`` elements or more). No row is ignored; a label outside
     [0, V) gives NaN. No host sync.
     """
-    n, v = hidden.shape[0], weight.shape[0]
-    weight, hidden, labels = readable(weight), readable(hidden), labels.contiguous()
-    softcap = transform.logit_softcap is not None
-    tile = choose_tile(hidden, heavy=softcap)
-    bias = None if bias is None else bias.contiguous()
+    hidden, labels = readable(call.hidden), call.labels.contiguous()
+    n, v = hidden.shape[0], call.weight.shape[0]
+    weight, bias, softcap, _, _, slope, tile = setup_of(call)
     logp, scale, *_ = results = hidden.new_empty(5 if stats else 2, n, dtype=torch.float32)
     width = kept_width(v)
     exps = (hidden.new_empty(n * width) if memory is None else memory[: n * width]).view(n, width)
@@ -410,11 +387,12 @@ def linear_logprob_fwd_exps(
     for first in range(0, n, max(size, 1)):
         part = slice(first, min(first + size, n))
         y, out = labels[part], exps[part]
-        logit, bend, anchor = _exponentials(hidden[part], weight, y, bias, transform, no_row, out, partial, tile)
+        of_part = HeadCall(hidden[part], weight, y, bias, call.transform, no_row)
+        logit, bend, anchor = _exponentials(of_part, out, partial, tile)
         count = len(y)
         _keep_rows_kernel[(triton.cdiv(count, 16),)](
             partial, logit, bend, anchor, y, logp[part], scale[part], results[2:, part] if stats else None, out,
-            count, v, tiles, partial.stride(0), n, exps.stride(0), logit_factors(transform)[2],
+            count, v, tiles, partial.stride(0), n, exps.stride(0), slope,
             BLOCK_N=16, BLOCK_T=128, HAS_SOFTCAP=softcap, STATS=stats,
         )  # fmt: skip
     return RowExponentials(logp, exps[:, :v], scale, RowStatistics(*results[2:]) if stats else None)

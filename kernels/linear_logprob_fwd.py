@@ -15,8 +15,17 @@ from torch import Tensor
 
 from .active_tiles import sort_rows
 from .hopper_choice import hopper_tiles_for
-from .interface import ForwardOutput, LogitTransform, RowStatistics
-from .launch import SCRATCH_ROWS, choose_tile, launcher, logit_factors, num_sms, operands, plan_rows, readable
+from .interface import ForwardOutput, HeadCall, RowStatistics
+from .launch import (
+    SCRATCH_ROWS,
+    launcher,
+    logit_factors,
+    num_sms,
+    operands,
+    plan_rows,
+    readable,
+    setup_of,
+)
 from .tiles import (
     LN_2,
     LOG2_E,
@@ -190,16 +199,9 @@ def _combine_kernel(
         store_statistics(out + 3 * stride_out, stride_out, n < N, active, z_y, top, total, weighted, logits, V)
 
 
-def label_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int,
-    anchor: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def label_logits(call: HeadCall, anchor: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
     """(z_y, (dz/du)_y / slope with a softcap, active) of each row, and z_y in ``anchor``; ``_label_logit_kernel``."""
+    hidden, weight, labels, bias, transform, ignore_index = call
     n, h = hidden.shape
     softcap = transform.logit_softcap is not None
     pre, post, _ = logit_factors(transform)
@@ -215,16 +217,7 @@ def label_logits(
 
 
 @launcher
-def linear_logprob_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int,
-    *,
-    stats: bool = False,
-) -> ForwardOutput:
+def linear_logprob_fwd(call: HeadCall, *, stats: bool = False) -> ForwardOutput:
     """``log_softmax(z)[label]`` per row and what backward needs; with ``stats`` also logsumexp, entropy and mean of z.
 
     ``hidden`` (N, H) and ``weight`` (V, H) share one of float32, bfloat16, float16; ``labels`` (N,) int64; ``bias``
@@ -233,13 +226,9 @@ def linear_logprob_fwd(
     2NVH FLOP, and ``min(N, 8192) * (H * itemsize + ceil(V / BLOCK_V) * 8)`` bytes of scratch (16 for 8 with ``stats``).
     float32 products are cuBLAS's on a GPU, SCRATCH_BYTES at a time. No host sync.
     """
-    n, h = hidden.shape
-    v = weight.shape[0]
-    weight = readable(weight)
-    softcap = transform.logit_softcap is not None
-    pre, post, _ = logit_factors(transform)
-    tile = choose_tile(hidden, heavy=softcap)
-    bias = None if bias is None else bias.contiguous()
+    hidden, weight, labels, bias, transform, ignore_index = call
+    (n, h), v = hidden.shape, weight.shape[0]
+    weight, bias, softcap, pre, post, _, tile = setup_of(call)
     out = hidden.new_empty(6 if stats else 3, n, dtype=torch.float32)
     result = ForwardOutput(*out[:3], RowStatistics(*out[3:]) if stats else None)
     if n == 0:
@@ -248,11 +237,11 @@ def linear_logprob_fwd(
     size = min(n, SCRATCH_ROWS) if tile.block_h else plan_rows(n, 4 * v, tile)
     partial = hidden.new_empty(4 if stats else 2, tiles, size, dtype=torch.float32)
     plane = partial.stride(0)
-    hopper = hopper_tiles_for(hidden, bias, transform)
+    hopper = hopper_tiles_for(call)
     rows, ordered, tiles_of_rows = sort_rows(labels, ignore_index, size)
     for part, y, row_tiles in zip(rows.split(size), ordered.split(size), tiles_of_rows, strict=True):
         chunk = readable(hidden.index_select(0, part))
-        logit, _, active = label_logits(chunk, weight, y, bias, transform, ignore_index)
+        logit, _, active = label_logits(HeadCall(chunk, weight, y, bias, transform, ignore_index))
         count = len(part)
         if hopper:
             hopper.rest_tiles(chunk, weight, y, row_tiles, partial, pre, sms=num_sms(hidden.device))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ class Head:
     @property
     def bias(self) -> Tensor | None:
         return self.module.bias
+
+    def options(self) -> dict[str, Any]:
+        """What `linear_logprobs` has to know of the head besides its weight, as keywords."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
 
 def find_head(model: nn.Module) -> Head:

@@ -58,14 +58,7 @@ class CausalLMScorer(nn.Module):
         """
         states = head_inputs(self.model, self.head, batch.model_inputs()).flatten(0, 1)
         hidden = states.index_select(0, batch.positions)
-        weight, bias = self.head.weight, self.head.bias
-        options = {
-            "bias": bias,
-            "temperature": temperature,
-            "logit_scale": self.head.logit_scale,
-            "logit_softcap": self.head.logit_softcap,
-            "backend": self.backend,
-        }
+        weight, options = self.head.weight, {**self.head.options(), "temperature": temperature, "backend": self.backend}
         stats = pooled = None
         if need_stats:
             scores = linear_logprob_stats(hidden, weight, batch.labels, **options)

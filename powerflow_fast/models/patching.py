@@ -186,7 +186,7 @@ def _forward_to_head(
         if shapes != [tuple(targets.shape)]:
             return hidden[..., :1]
         args = hidden.flatten(0, 1), head.weight, targets.flatten()
-        more = {"bias": head.bias, "logit_scale": head.logit_scale, "logit_softcap": head.logit_softcap, **options}
+        more = {**head.options(), **options}
         stats = linear_logprob_stats(*args, **more) if need_entropy else None
         logps = linear_logprobs(*args, **more) if stats is None else stats.logp
         # The head's output, as the hooks on the head see it, has to lie on the way to the log-probs that are returned.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import types
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError
+from ..kernels.interface import HeadBackend
 from . import torch_backend
 from .checks import FLOAT_DTYPES
 
@@ -62,21 +62,10 @@ def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) 
     return backend
 
 
-def implementation_for(backend: Backend, hidden: Tensor) -> types.SimpleNamespace | types.ModuleType:
-    """The launchers of the backend that will run."""
+def implementation_for(backend: Backend, hidden: Tensor) -> HeadBackend:
+    """The backend that will run, as a module of its passes."""
     if resolve_backend(backend, hidden.device, hidden.dtype) == "torch":
         return torch_backend
-    from ..kernels.linear_logprob_bwd import linear_logprob_bwd, linear_logprob_bwd_exps
-    from ..kernels.linear_logprob_exps import kept_dtype, linear_logprob_fwd_d_hidden, linear_logprob_fwd_exps
-    from ..kernels.linear_logprob_fwd import linear_logprob_fwd
-    from ..kernels.scale import scaled
+    from ..kernels import backend as triton_backend  # needs triton
 
-    return types.SimpleNamespace(
-        linear_logprob_fwd=linear_logprob_fwd,
-        linear_logprob_fwd_d_hidden=linear_logprob_fwd_d_hidden,
-        linear_logprob_fwd_exps=linear_logprob_fwd_exps,
-        linear_logprob_bwd=linear_logprob_bwd,
-        linear_logprob_bwd_exps=linear_logprob_bwd_exps,
-        kept_dtype=kept_dtype,
-        scaled=scaled,
-    )
+    return triton_backend

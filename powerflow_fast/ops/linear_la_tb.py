@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.interface import HeadCall, HeadSums, LogitTransform, kept_width
+from ..kernels.interface import HeadBackend, HeadCall, HeadSums, LogitTransform, kept_width
 from .backends import Backend, implementation_for
 from .checks import (
     ImportanceLevel,
@@ -154,7 +154,7 @@ def linear_la_tb_loss(
     return call.loss(op, logps, log_z, 0, len(base_logps), num_sequences)
 
 
-def default_cache_bytes(hidden: Tensor, weight: Tensor, implementation: object) -> int:
+def default_cache_bytes(hidden: Tensor, weight: Tensor, implementation: HeadBackend) -> int:
     """As `linear_la_tb_loss` says of ``cache_bytes``. What the device has counts, not what is free at the moment: the
     chunks show in the last bits of the gradients, and those are to be the same on every run."""
     device = hidden.device
@@ -171,7 +171,7 @@ class _Call:
 
     labels: Tensor
     transform: LogitTransform
-    implementation: object
+    implementation: HeadBackend
     cu_seqlens: Tensor
     base_logps: Tensor
     group_ids: Tensor | None
@@ -242,12 +242,12 @@ class LinearLATBFunction(torch.autograd.Function):
         outputs, d_log_z = [], []
         for first, last, start, end in chunks:
             rows = slice(start, end)
-            h, y = hidden[rows], call.labels[rows]
+            part = HeadCall(hidden[rows], weight, call.labels[rows], bias, call.transform, _NO_LABEL)
             kept = forward = None
             if end - start <= most:
-                kept = call.implementation.linear_logprob_fwd_exps(h, weight, y, bias, call.transform, memory=memory)
+                kept = call.implementation.linear_logprob_fwd_exps(part, memory=memory)
             else:
-                forward = call.implementation.linear_logprob_fwd(h, weight, y, bias, call.transform, _NO_LABEL)
+                forward = call.implementation.linear_logprob_fwd(part)
             logps = (kept or forward).logp
             z = call.group_log_z(logps, first, last) if log_z is None else log_z[first:last].detach()
             with torch.enable_grad():
@@ -257,19 +257,21 @@ class LinearLATBFunction(torch.autograd.Function):
             outputs.append([x.detach() for x in out])
             d_log_z.append(d_z)
             if kept is not None:
-                part = call.implementation.linear_logprob_bwd_exps(
-                    h, weight, kept, d_logps, need_d_hidden=need_d_hidden, add_to=sums
+                d_part = call.implementation.linear_logprob_bwd_exps(
+                    part.hidden, weight, kept, d_logps, need_d_hidden=need_d_hidden, add_to=sums
                 )
             else:
-                part, _, _ = call.implementation.linear_logprob_bwd(
-                    *(h, weight, y, bias, call.transform, _NO_LABEL, forward, d_logps),
+                d_part, _, _ = call.implementation.linear_logprob_bwd(
+                    part,
+                    forward,
+                    d_logps,
                     need_d_hidden=need_d_hidden,
                     need_d_weight=need_d_weight,
                     need_d_bias=need_d_bias,
                     add_to=sums,
                 )
             if need_d_hidden:
-                d_hidden[rows] = part
+                d_hidden[rows] = d_part
         loss, *per_sequence = zip(*outputs, strict=True)
         per_sequence = [torch.cat(parts) for parts in per_sequence]
         ctx.mark_non_differentiable(*per_sequence)

@@ -120,7 +120,7 @@ def scored(
     if any(needs):
         out = LinearLogprobsFunction.apply(*checked, implementation, cache_bytes, stats)
         return out if stats else (out,)
-    out = implementation.linear_logprob_fwd(*checked, stats=stats)
+    out = implementation.linear_logprob_fwd(checked, stats=stats)
     return (out.logp, *(out.stats or ()))
 
 

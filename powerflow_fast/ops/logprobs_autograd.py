@@ -6,12 +6,20 @@ shells around them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.interface import ForwardOutput, HeadCall, HeadSums, RowExponentials, RowStatistics, kept_width
+from ..kernels.interface import (
+    ForwardOutput,
+    HeadBackend,
+    HeadCall,
+    HeadSums,
+    RowExponentials,
+    RowStatistics,
+    kept_width,
+)
 from . import torch_backend
 
 
@@ -42,7 +50,7 @@ def refuse_second_derivative(op: str, gradient: Tensor | None) -> Tensor | None:
 CPU_CACHE_BYTES = 256 * 2**20
 
 
-def bytes_of_all(hidden: Tensor, weight: Tensor, implementation: object, most: int) -> int:
+def bytes_of_all(hidden: Tensor, weight: Tensor, implementation: HeadBackend, most: int) -> int:
     """What the exponentials of all rows take, if that is at most ``most`` and the 4·V·H bytes of a bf16 head's gradient
     in fp32, which a pass over all rows at once saves; else 0."""
     if hidden.dtype != torch.bfloat16:
@@ -51,7 +59,7 @@ def bytes_of_all(hidden: Tensor, weight: Tensor, implementation: object, most: i
     return whole if whole <= most + 4 * weight.numel() else 0
 
 
-def usual_cache_bytes(hidden: Tensor, weight: Tensor, implementation: object) -> int:
+def usual_cache_bytes(hidden: Tensor, weight: Tensor, implementation: HeadBackend) -> int:
     """As `linear_logprobs` says of ``cache_bytes``."""
     on_cpu = hidden.device.type == "cpu" and implementation is torch_backend
     if not on_cpu or implementation.kept_dtype(hidden) != hidden.dtype:
@@ -59,7 +67,7 @@ def usual_cache_bytes(hidden: Tensor, weight: Tensor, implementation: object) ->
     return bytes_of_all(hidden, weight, implementation, CPU_CACHE_BYTES)
 
 
-def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor, implementation: object) -> int:
+def kept_rows(cache_bytes: int, hidden: Tensor, weight: Tensor, implementation: HeadBackend) -> int:
     """Rows whose exponentials fit into ``cache_bytes``.
 
     None of float16: its range is too short for exponentials whose factor comes only later.
@@ -98,7 +106,7 @@ class Saved(NamedTuple):
 
 
 def forward(
-    call: HeadCall, implementation: Any, needs: Needs, cache_bytes: int, *, stats: bool
+    call: HeadCall, implementation: HeadBackend, needs: Needs, cache_bytes: int, *, stats: bool
 ) -> tuple[Tensor, RowStatistics | None, Saved]:
     """Log-probs, statistics if wanted, and what `backward` needs, by the cheapest pass for the gradients to come.
 
@@ -106,21 +114,19 @@ def forward(
     in all, N·H saved). Otherwise three numbers per row are kept and `backward` forms the logits anew (8NVH when both
     hidden and weight are trained), except for the rows whose exponentials fit into ``cache_bytes`` (6NVH).
     """
-    hidden, weight, labels, bias, transform, ignore_index = call
+    hidden, weight, labels, ignore_index = call.hidden, call.weight, call.labels, call.ignore_index
     if needs.hidden and not needs.head:
-        out = implementation.linear_logprob_fwd_d_hidden(*call, stats=stats)
+        out = implementation.linear_logprob_fwd_d_hidden(call, stats=stats)
         return out.logp, out.stats, Saved(unit=out.unit)
     count = kept_rows(cache_bytes, hidden, weight, implementation) if needs.head else 0
     if count == 0:
-        out = implementation.linear_logprob_fwd(*call, stats=stats)
+        out = implementation.linear_logprob_fwd(call, stats=stats)
         return out.logp, out.stats, Saved(None, None, None, None, *out[:3])
     # the budget is for rows that count; to find them the host waits for the device
     rows = (labels != ignore_index).nonzero()[:, 0]
     kept, rest = rows[:count], rows[count:]
-    exps = implementation.linear_logprob_fwd_exps(hidden[kept], weight, labels[kept], bias, transform, stats=stats)
-    out = implementation.linear_logprob_fwd(
-        hidden[rest], weight, labels[rest], bias, transform, ignore_index, stats=stats
-    )
+    exps = implementation.linear_logprob_fwd_exps(call.of_rows(kept), stats=stats)
+    out = implementation.linear_logprob_fwd(call.of_rows(rest), stats=stats)
 
     def joined(first: Tensor, second: Tensor) -> Tensor:
         return exps.logp.new_zeros(labels.shape).index_copy_(0, rows, torch.cat([first, second]))
@@ -135,14 +141,14 @@ def scaled_unit(unit: Tensor, d_logp: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def backward(
-    call: HeadCall, implementation: Any, needs: Needs, saved: Saved, d_logp: Tensor
+    call: HeadCall, implementation: HeadBackend, needs: Needs, saved: Saved, d_logp: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, None where not needed; for a ``saved.unit`` there is `scaled_unit`."""
-    hidden, weight, labels, bias, transform, ignore_index = call
+    hidden, weight, bias = call.hidden, call.weight, call.bias
     again = ForwardOutput(saved.logp, saved.anchor, saved.others_sum)
     wanted = {"need_d_hidden": needs.hidden, "need_d_weight": needs.weight, "need_d_bias": needs.bias}
     if saved.rows is None:
-        return implementation.linear_logprob_bwd(*call, again, d_logp, **wanted)
+        return implementation.linear_logprob_bwd(call, again, d_logp, **wanted)
     kept, rest = saved.rows[: saved.exps.shape[0]], saved.rows[saved.exps.shape[0] :]
     own_dtype = not rest.numel() and hidden.dtype == torch.bfloat16  # one product is all there is to sum
     sums = HeadSums.like(weight if needs.weight else None, bias if needs.bias else None, own_dtype=own_dtype)
@@ -153,11 +159,8 @@ def backward(
         )
     ]
     if rest.numel():
-        part, _, _ = implementation.linear_logprob_bwd(
-            *(hidden[rest], weight, labels[rest], bias, transform, ignore_index, again, d_logp[rest]),
-            **wanted,
-            add_to=sums,
-        )
+        others = call.of_rows(rest)
+        part, _, _ = implementation.linear_logprob_bwd(others, again, d_logp[rest], **wanted, add_to=sums)
         parts.append(part)
     d_hidden = torch.zeros_like(hidden).index_copy_(0, saved.rows, torch.cat(parts)) if needs.hidden else None
     d_weight, d_bias = sums.finished()

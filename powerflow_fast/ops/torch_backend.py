@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ..kernels.interface import (
     ForwardOutput,
+    HeadCall,
     HeadSums,
     HiddenGradient,
-    LogitTransform,
     RowExponentials,
     RowStatistics,
     kept_width,
@@ -73,15 +73,8 @@ class _Sums(NamedTuple):
 class _Problem:
     """The inputs of one call, with ignored rows taken out, and the tile buffer."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        transform: LogitTransform,
-        ignore_index: int | None,
-    ):
+    def __init__(self, call: HeadCall):
+        hidden, weight, labels, bias, transform, ignore_index = call
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.n, self.v = hidden.shape[0], weight.shape[0]
         temperature, scale, self.softcap = transform
@@ -261,18 +254,9 @@ class _Problem:
         return logp.masked_fill_(self.unknown, float("nan"))
 
 
-def linear_logprob_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int | None,
-    *,
-    stats: bool = False,
-) -> ForwardOutput:
+def linear_logprob_fwd(call: HeadCall, *, stats: bool = False) -> ForwardOutput:
     """Log-probs and what a gradient from recomputed logits needs: 2NVH FLOP."""
-    problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
+    problem = _Problem(call)
     logp_out, anchor_out, others_out = problem.zeros(3)
     stats_out = RowStatistics(*problem.zeros(3)) if stats else None
 
@@ -288,18 +272,10 @@ def linear_logprob_fwd(
     return ForwardOutput(problem.finish(logp_out), anchor_out, others_out, stats_out)
 
 
-def linear_logprob_fwd_d_hidden(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int | None,
-    *,
-    stats: bool = False,
-) -> HiddenGradient:
+def linear_logprob_fwd_d_hidden(call: HeadCall, *, stats: bool = False) -> HiddenGradient:
     """Log-probs and, but for the upstream factor, their gradient by ``hidden``, together: 4NVH FLOP."""
-    problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
+    hidden, weight = call.hidden, call.weight
+    problem = _Problem(call)
     (logp_out,) = problem.zeros(1)
     # float16 ends at 6e-8, where a gradient that the upstream one would lift back (a loss scale) is lost.
     unit_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -322,19 +298,11 @@ def linear_logprob_fwd_d_hidden(
     return HiddenGradient(problem.finish(logp_out), unit_out, stats_out)
 
 
-def linear_logprob_fwd_exps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    *,
-    memory: Tensor | None = None,
-    stats: bool = False,
-) -> RowExponentials:
+def linear_logprob_fwd_exps(call: HeadCall, *, memory: Tensor | None = None, stats: bool = False) -> RowExponentials:
     """Log-probs and all that a backward pass for a trainable head needs, kept instead of recomputed: 2NVH FLOP, and
     V elements per row of ``kept_dtype``, in ``memory`` where that is given (``N * kept_width(V)`` elements or more)."""
-    problem = _Problem(hidden, weight, labels, bias, transform, None)
+    hidden = call.hidden
+    problem = _Problem(call._replace(ignore_index=None))
     width = kept_width(problem.v)
     if memory is None:
         memory = hidden.new_empty(problem.n * width, dtype=problem.products.operand_dtype)
@@ -360,12 +328,7 @@ def linear_logprob_fwd_exps(
 
 
 def linear_logprob_bwd(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int | None,
+    call: HeadCall,
     forward: ForwardOutput,
     d_logp: Tensor,
     *,
@@ -383,7 +346,8 @@ def linear_logprob_bwd(
     ``d_weight`` and ``d_bias`` are summed in fp32: in ``add_to``, and then not returned, or tile by tile, each complete
     before the next.
     """
-    problem = _Problem(hidden, weight, labels, bias, transform, ignore_index)
+    hidden, weight, _, bias, *_ = call
+    problem = _Problem(call)
     if (sums := add_to) is None:
         sums = HeadSums.like(weight if need_d_weight else None, bias if need_d_bias else None, own_dtype=True)
     parts = []

@@ -96,18 +96,18 @@ def test_statistics_of_every_pass(softcap):
     """At a real vocabulary: sampled rows against fp64, and the other results as without statistics."""
     case = large_case(700, 50257, 576, ignored=True)
     case.transform = case.transform._replace(logit_softcap=softcap, temperature=0.9)
-    hidden, weight, labels, bias, transform, ignore = case.arguments()
+    hidden, weight, labels, bias, transform, ignore = case.call()
     rows = (labels != IGNORE).nonzero()[::40, 0]
     options = {**transform._asdict(), "bias": bias, "ignore_index": ignore}
     exact = linear_logprob_stats_ref(hidden[rows].double(), weight.double(), labels[rows], **options)
-    kept = hidden, weight, labels.clamp(min=0), bias, transform
-    for function, arguments in (
-        (linear_logprob_fwd.linear_logprob_fwd, case.arguments()),
-        (linear_logprob_exps.linear_logprob_fwd_d_hidden, case.arguments()),
+    kept = case.call()._replace(labels=labels.clamp(min=0))
+    for function, call in (
+        (linear_logprob_fwd.linear_logprob_fwd, case.call()),
+        (linear_logprob_exps.linear_logprob_fwd_d_hidden, case.call()),
         (linear_logprob_exps.linear_logprob_fwd_exps, kept),
     ):
-        *without, nothing = function(*arguments)
-        *others, stats = function(*arguments, stats=True)
+        *without, nothing = function(call)
+        *others, stats = function(call, stats=True)
         assert nothing is None
         for a, b in zip(without, others, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5 if a.dtype == torch.float32 else 1e-2, atol=1e-5)
@@ -150,12 +150,12 @@ def test_equal_bits_every_time():
 def test_launches_and_order_of_rows_change_no_bit(monkeypatch):
     """A row's log-prob depends on the row alone: not on its place, on other rows, or on the launch that it is in."""
     case = large_case(1000, 50000, 512)
-    logp = linear_logprob_fwd.linear_logprob_fwd(*case.arguments()).logp
+    logp = linear_logprob_fwd.linear_logprob_fwd(case.call()).logp
     order = torch.randperm(1000, device="cuda")
     shuffled = dataclasses.replace(case, hidden=case.hidden[order], labels=case.labels[order])
-    assert torch.equal(linear_logprob_fwd.linear_logprob_fwd(*shuffled.arguments()).logp, logp[order])
+    assert torch.equal(linear_logprob_fwd.linear_logprob_fwd(shuffled.call()).logp, logp[order])
     monkeypatch.setattr(linear_logprob_fwd, "SCRATCH_ROWS", 256)
-    assert torch.equal(linear_logprob_fwd.linear_logprob_fwd(*case.arguments()).logp, logp)
+    assert torch.equal(linear_logprob_fwd.linear_logprob_fwd(case.call()).logp, logp)
 
 
 def test_copy_engine_and_pointers_agree(monkeypatch, check_accuracy):
@@ -221,7 +221,7 @@ def test_no_host_sync():
 def test_peak_memory():
     n, v, h = 8192, 128256, 2048
     case = large_case(n, v, h)
-    forward = linear_logprob_fwd.linear_logprob_fwd(*case.arguments())
+    forward = linear_logprob_fwd.linear_logprob_fwd(case.call())
 
     def extra(function) -> int:
         torch.cuda.synchronize()
@@ -232,11 +232,11 @@ def test_peak_memory():
 
     slack = 64 * 2**20  # row vectors, the gathered rows' indices, workspaces
     tiles = -(-v // launch.choose_tile(case.hidden, heavy=False).block_v)
-    used = extra(lambda: linear_logprob_fwd.linear_logprob_fwd(*case.arguments()))
+    used = extra(lambda: linear_logprob_fwd.linear_logprob_fwd(case.call()))
     assert used <= n * (2 * h + 8 * tiles) + slack
-    used = extra(lambda: linear_logprob_exps.linear_logprob_fwd_d_hidden(*case.arguments()))
+    used = extra(lambda: linear_logprob_exps.linear_logprob_fwd_d_hidden(case.call()))
     rows = launch.SCRATCH_BYTES // (2 * v)
     assert used <= launch.SCRATCH_BYTES + rows * (2 * h + 4 * h + 8 * tiles) + 2 * n * h + slack
     needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": False}
-    used = extra(lambda: linear_logprob_bwd.linear_logprob_bwd(*case.arguments(), forward, case.d_logp, **needs))
+    used = extra(lambda: linear_logprob_bwd.linear_logprob_bwd(case.call(), forward, case.d_logp, **needs))
     assert used <= launch.SCRATCH_BYTES + (4 + 2) * n * h + 2 * v * h + slack

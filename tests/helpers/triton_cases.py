@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from powerflow_fast.kernels import linear_logprob_bwd, linear_logprob_exps, linear_logprob_fwd
-from powerflow_fast.kernels.interface import HeadSums, LogitTransform
+from powerflow_fast.kernels.interface import HeadCall, HeadSums, LogitTransform
 from powerflow_fast.kernels.linear_logprob_reference import linear_logprob_stats_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,25 +24,23 @@ class Case:
     bias: torch.Tensor | None = None
     transform: LogitTransform = PLAIN
 
-    def arguments(self):
-        return self.hidden, self.weight, self.labels, self.bias, self.transform, IGNORE
+    def call(self) -> HeadCall:
+        return HeadCall(self.hidden, self.weight, self.labels, self.bias, self.transform, IGNORE)
 
     def run_launchers(self):
         """What the launchers return: the forward pass with statistics, without, the unit gradient, gradients."""
-        with_stats = linear_logprob_fwd.linear_logprob_fwd(*self.arguments(), stats=True)
-        forward = linear_logprob_fwd.linear_logprob_fwd(*self.arguments())
-        unit = linear_logprob_exps.linear_logprob_fwd_d_hidden(*self.arguments(), stats=True)
+        with_stats = linear_logprob_fwd.linear_logprob_fwd(self.call(), stats=True)
+        forward = linear_logprob_fwd.linear_logprob_fwd(self.call())
+        unit = linear_logprob_exps.linear_logprob_fwd_d_hidden(self.call(), stats=True)
         needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": self.bias is not None}
-        grads = linear_logprob_bwd.linear_logprob_bwd(*self.arguments(), forward, self.d_logp, **needs)
+        grads = linear_logprob_bwd.linear_logprob_bwd(self.call(), forward, self.d_logp, **needs)
         return with_stats, forward, unit, grads
 
     def run_kept(self) -> dict[str, torch.Tensor]:
         """Log-probs, statistics and gradients of a trainable head from kept exponentials, of the rows that count."""
         rows = (self.labels != IGNORE).nonzero()[:, 0]
         hidden = self.hidden[rows]
-        kept = linear_logprob_exps.linear_logprob_fwd_exps(
-            hidden, self.weight, self.labels[rows], self.bias, self.transform, stats=True
-        )
+        kept = linear_logprob_exps.linear_logprob_fwd_exps(self.call().of_rows(rows), stats=True)
         sums = HeadSums.like(self.weight, self.bias)
         d_hidden = linear_logprob_bwd.linear_logprob_bwd_exps(
             hidden, self.weight, kept, self.d_logp[rows], need_d_hidden=True, add_to=sums

@@ -205,7 +205,8 @@ def spied(monkeypatch):
 
     def recorded(name):
         def wrapper(*args, **kwargs):
-            calls.append((name, args[0].shape[0]))
+            hidden = getattr(args[0], "hidden", args[0])  # of a HeadCall
+            calls.append((name, hidden.shape[0]))
             return getattr(torch_backend, name)(*args, **kwargs)
 
         return wrapper

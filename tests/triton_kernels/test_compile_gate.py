@@ -122,13 +122,13 @@ def compile_all(arch: int) -> list[dict]:
         hidden, weight = (torch.empty(rows, h, dtype=dtype, device="meta") for rows in (n, v))
         labels = torch.empty(n, dtype=torch.int64, device="meta")
         b = torch.empty(v, dtype=dtype, device="meta") if bias else None
-        arguments = hidden, weight, labels, b, interface.LogitTransform(1.0, 1.0, softcap), -100
-        forward = linear_logprob_fwd.linear_logprob_fwd(*arguments, stats=stats)
-        linear_logprob_exps.linear_logprob_fwd_d_hidden(*arguments, stats=stats)
+        call = interface.HeadCall(hidden, weight, labels, b, interface.LogitTransform(1.0, 1.0, softcap))
+        forward = linear_logprob_fwd.linear_logprob_fwd(call, stats=stats)
+        linear_logprob_exps.linear_logprob_fwd_d_hidden(call, stats=stats)
         needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": bias}
-        linear_logprob_bwd.linear_logprob_bwd(*arguments, forward, torch.empty(n, device="meta"), **needs)
+        linear_logprob_bwd.linear_logprob_bwd(call, forward, torch.empty(n, device="meta"), **needs)
         if dtype != torch.float16:
-            linear_logprob_exps.linear_logprob_fwd_exps(*arguments[:5], stats=stats)
+            linear_logprob_exps.linear_logprob_fwd_exps(call, stats=stats)
 
     variants = {
         "bf16": (torch.bfloat16, {}),

@@ -63,11 +63,11 @@ def compile_all() -> list[dict]:
         n, v, h = 8192, 151936, 3584
         hidden, weight = (torch.empty(rows, h, dtype=dtype, device="meta") for rows in (n, v))
         labels = torch.empty(n, dtype=torch.int64, device="meta")
-        arguments = hidden, weight, labels, None, interface.LogitTransform(), -100
-        forward = linear_logprob_fwd.linear_logprob_fwd(*arguments, stats=stats)
-        linear_logprob_exps.linear_logprob_fwd_d_hidden(*arguments, stats=stats)
+        call = interface.HeadCall(hidden, weight, labels)
+        forward = linear_logprob_fwd.linear_logprob_fwd(call, stats=stats)
+        linear_logprob_exps.linear_logprob_fwd_d_hidden(call, stats=stats)
         needs = {"need_d_hidden": True, "need_d_weight": False, "need_d_bias": False}
-        linear_logprob_bwd.linear_logprob_bwd(*arguments, forward, torch.empty(n, device="meta"), **needs)
+        linear_logprob_bwd.linear_logprob_bwd(call, forward, torch.empty(n, device="meta"), **needs)
 
     launches = {"bf16": (use, torch.bfloat16), "fp16": (use, torch.float16), "shallow": (use, torch.bfloat16, SHALLOW)}
     launches["stats"] = (functools.partial(use, stats=True), torch.bfloat16)
@@ -347,16 +347,14 @@ def test_the_library_computes_the_same_with_them(request, monkeypatch, shape, dt
     labels[128:256] = -100  # one row tile is left out where rows are not sorted
     d_logp = torch.linspace(-2, 1, shape[0])
     transform = interface.LogitTransform(temperature=1.1)
-    arguments = hidden, weight, labels, None, transform, -100
+    call = interface.HeadCall(hidden, weight, labels, None, transform)
     needs = {"need_d_hidden": True, "need_d_weight": True, "need_d_bias": False}
 
     def everything():
-        forward = linear_logprob_fwd.linear_logprob_fwd(*arguments, stats=stats)
-        frozen = linear_logprob_exps.linear_logprob_fwd_d_hidden(*arguments, stats=stats)
-        both = linear_logprob_bwd.linear_logprob_bwd(*arguments, forward, d_logp, **needs)[:2]
-        kept = linear_logprob_exps.linear_logprob_fwd_exps(
-            *arguments[:2], labels.clamp(min=0), *arguments[3:5], stats=stats
-        )
+        forward = linear_logprob_fwd.linear_logprob_fwd(call, stats=stats)
+        frozen = linear_logprob_exps.linear_logprob_fwd_d_hidden(call, stats=stats)
+        both = linear_logprob_bwd.linear_logprob_bwd(call, forward, d_logp, **needs)[:2]
+        kept = linear_logprob_exps.linear_logprob_fwd_exps(call._replace(labels=labels.clamp(min=0)), stats=stats)
         results = dict(zip(("logp", "anchor", "others"), forward[:3], strict=True))
         results |= {"frozen logp": frozen.logp, "frozen d_hidden": frozen.unit}
         results |= {"d_hidden": both[0], "d_weight": both[1]}
@@ -437,7 +435,7 @@ def test_supported(monkeypatch, capability):
     plain = interface.LogitTransform()
 
     def found(x=x, bias=None, transform=plain):
-        return hopper_choice.hopper_tiles_for(x, bias, transform) is hopper_tiles
+        return hopper_choice.hopper_tiles_for(interface.HeadCall(x, x, x, bias, transform)) is hopper_tiles
 
     assert found() == found(x.half()) == (capability == (9, 0))
     assert not found(x.float()) and not found(bias=x[0])

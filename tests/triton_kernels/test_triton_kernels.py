@@ -121,14 +121,14 @@ def test_ignored_rows_cost_no_tile(monkeypatch):
     for module in (linear_logprob_fwd, linear_logprob_exps, linear_logprob_bwd):
         tile = module.logit_tile
         monkeypatch.setattr(module, "logit_tile", lambda *a, tile=tile: (tiles.append(1), tile(*a))[1])
-    linear_logprob_fwd.linear_logprob_fwd(*case.arguments())
+    linear_logprob_fwd.linear_logprob_fwd(case.call())
     assert len(tiles) == 2
-    linear_logprob_exps.linear_logprob_fwd_d_hidden(*case.arguments())
+    linear_logprob_exps.linear_logprob_fwd_d_hidden(case.call())
     assert len(tiles) == 4
     case.labels[:192] = IGNORE
     forward = ForwardOutput(*torch.ones(3, 256))
     linear_logprob_bwd.linear_logprob_bwd(
-        *case.arguments(), forward, case.d_logp, need_d_hidden=True, need_d_weight=False, need_d_bias=False
+        case.call(), forward, case.d_logp, need_d_hidden=True, need_d_weight=False, need_d_bias=False
     )
     assert len(tiles) == 6
 
@@ -139,7 +139,7 @@ def test_only_row_tiles_with_a_row_to_write_anew_are_made_twice(monkeypatch, sof
     case = make_case(torch.bfloat16, n=256, v=512, ignored=False, logit_softcap=softcap)
     tiles, tile = [], linear_logprob_exps.logit_tile
     monkeypatch.setattr(linear_logprob_exps, "logit_tile", lambda *a: (tiles.append(a[3:5]), tile(*a))[1])
-    linear_logprob_exps.linear_logprob_fwd_d_hidden(*case.arguments())
+    linear_logprob_exps.linear_logprob_fwd_d_hidden(case.call())
     assert len(tiles) == 8
     case.hidden[[70, 200]] = 0
     case.hidden[:, 0] = 0
@@ -147,7 +147,7 @@ def test_only_row_tiles_with_a_row_to_write_anew_are_made_twice(monkeypatch, sof
     case.labels[[70, 200]] = 5
     case.weight[5, 0] = -120.0
     tiles.clear()
-    linear_logprob_exps.linear_logprob_fwd_d_hidden(*case.arguments())
+    linear_logprob_exps.linear_logprob_fwd_d_hidden(case.call())
     made_twice = sorted(tuple(int(x.handle.data.item()) for x in place) for place in tiles[8:])
     assert made_twice == [(64, 0), (64, 256), (192, 0), (192, 256)]
     case.check(check_accuracy)
@@ -291,24 +291,22 @@ def test_autocast_changes_no_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_statistics_change_nothing_else(dtype):
     case = make_case(dtype, n=130, logit_softcap=6.0, sharpness=3.0)
+    counted = case.call()._replace(labels=case.labels.clamp(min=0))
     calls = [
-        (linear_logprob_fwd.linear_logprob_fwd, case.arguments()),
-        (linear_logprob_exps.linear_logprob_fwd_d_hidden, case.arguments()),
-        (
-            linear_logprob_exps.linear_logprob_fwd_exps,
-            (case.hidden, case.weight, case.labels.clamp(min=0), *case.arguments()[3:5]),
-        ),
+        (linear_logprob_fwd.linear_logprob_fwd, case.call()),
+        (linear_logprob_exps.linear_logprob_fwd_d_hidden, case.call()),
+        (linear_logprob_exps.linear_logprob_fwd_exps, counted),
     ]
-    for function, arguments in calls:
-        *without, nothing = function(*arguments)
-        *others, stats = function(*arguments, stats=True)
+    for function, call in calls:
+        *without, nothing = function(call)
+        *others, stats = function(call, stats=True)
         assert nothing is None and len(stats) == 3
         assert all(torch.equal(a, b) for a, b in zip(without, others, strict=True)), function
 
 
 def test_only_what_is_needed(monkeypatch):
     case = make_case(torch.bfloat16, bias=True)
-    forward = linear_logprob_fwd.linear_logprob_fwd(*case.arguments())
+    forward = linear_logprob_fwd.linear_logprob_fwd(case.call())
     assert forward.stats is None
     full = case.run()
     products = []
@@ -320,7 +318,7 @@ def test_only_what_is_needed(monkeypatch):
     for wanted in ("d_hidden", "d_weight", "d_bias"):
         needs = {f"need_{name}": name == wanted for name in ("d_hidden", "d_weight", "d_bias")}
         products.clear()
-        grads = linear_logprob_bwd.linear_logprob_bwd(*case.arguments(), forward, case.d_logp, **needs)
+        grads = linear_logprob_bwd.linear_logprob_bwd(case.call(), forward, case.d_logp, **needs)
         for name, grad in zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True):
             assert grad is None if name != wanted else torch.equal(grad, full[name])
         assert len(products) == (wanted != "d_weight")
