@@ -1,4 +1,4 @@
-"""What is filled into the completions of an evaluation: their answers and scores, and their log-probs."""
+"""Log-probs of the completions of an evaluation, under the model and its base."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Loading a causal LM, LoRA, and the two scorers that training needs: of the policy and of the frozen base model."""
+"""Loading and saving a causal LM: its weights, tokenizer, padding id, positions, and the digest of its weights."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,6 @@ from torch import nn
 
 from ..errors import ModelError
 from .adapters import is_peft, unwrap_peft
-
-logger = logging.getLogger(__name__)
-
 
 _REMOTE_CODE = "it brings its own Python code; read that code, then pass trust_remote_code=True if you want to run it"
 

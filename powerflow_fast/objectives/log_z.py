@@ -1,4 +1,5 @@
-"""A running estimate of log Z' for each prompt, for groups that are too small to give a good one by themselves."""
+"""Estimates of log Z': by a small head that is learned, or a running one for each prompt, for groups that are too small
+to give a good one by themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mean of a residual loss over all sub-trajectories of a completion, for SubTB(λ)."""
+"""SubTB(λ): the mean of a residual loss over all sub-trajectories of a completion."""
 
 from __future__ import annotations
 

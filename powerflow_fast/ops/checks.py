@@ -1,4 +1,4 @@
-"""Which backend runs an operation, and the checks that every backend relies on.
+"""The checks of arguments that every backend relies on.
 
 Shapes, dtypes and Python numbers are checked always: they cost nothing. The *values* of a tensor are checked only on a
 CPU, because looking at them on a GPU would make the host wait for the device; there, a label outside the vocabulary

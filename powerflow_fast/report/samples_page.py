@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind as text: progress line, history, samples, tables, model card."""
+"""Samples before and after a run, as one page."""
 
 from __future__ import annotations
 

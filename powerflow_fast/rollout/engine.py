@@ -1,4 +1,4 @@
-"""Sampling completions from the policy: the engine interface, and the engine that runs Hugging Face ``generate``."""
+"""Sampling completions from the policy: what an engine takes and gives, and what engines share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What interrupts a run: signals that ask it to stop, and steps whose loss or gradient is not finite."""
+"""Signals that ask a run to stop: it saves first."""
 
 from __future__ import annotations
 
