@@ -172,22 +172,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    hidden,
-    weight,
-    labels,
-    bias,
-    temperature,
-    logit_scale,
-    logit_softcap,
-    ignore_index,
-    backend,
-    kept,
-    others,
-    d_logp,
-    positions,
-):
-    inputs = (hidden, weight, labels, bias)
+def _(hidden, weight, labels, bias, *others):
+    inputs, positions = (hidden, weight, labels, bias), others[-1]
     return [inputs[i].new_empty(inputs[i].shape) for i in positions]
 
 
