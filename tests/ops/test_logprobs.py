@@ -20,7 +20,6 @@ from powerflow_fast.ops import (
     linear_logprobs,
     logprobs,
     logprobs_autograd,
-    segment_sum,
     sequence_logprobs,
     torch_backend,
 )
@@ -277,13 +276,6 @@ def test_sequence_logprobs(backend):
     assert torch.equal(hidden.grad, twin.grad)
 
 
-def test_segment_sum_keeps_the_digits_of_long_sequences():
-    values = -torch.rand(8192) * 3
-    total = segment_sum(values, torch.tensor([0, 8192], dtype=torch.int32))
-    assert abs(float(total) - float(values.double().sum())) <= 5e-4  # half a unit in the last place of the result
-    assert segment_sum(values, torch.tensor([0], dtype=torch.int32)).shape == (0,)
-
-
 def test_no_wasted_work(monkeypatch):
     """A frozen head never runs the recomputing backward, and that one makes only the gradients that are needed."""
     calls, counts = [], []
@@ -481,20 +473,6 @@ H, W, Y = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
 def test_bad_input_is_named(arguments, error, message):
     with pytest.raises(error, match=message):
         linear_logprobs(**{"hidden": H, "weight": W, "labels": Y, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("cu_seqlens", "error", "message"),
-    [
-        (torch.tensor([0, 4]), TypeError, "cu_seqlens must be torch.int32, got torch.int64"),
-        (torch.tensor([0, 3], dtype=torch.int32), ValueError, "must rise from 0 to N=4"),
-        (torch.tensor([0, 3, 2, 4], dtype=torch.int32), ValueError, "without decreasing"),
-        (torch.tensor([[0, 4]], dtype=torch.int32), ValueError, r"must have shape \(B\+1,\), got \(1, 2\)"),
-    ],
-)
-def test_bad_cu_seqlens_is_named(cu_seqlens, error, message):
-    with pytest.raises(error, match=message):
-        sequence_logprobs(H, W, Y, cu_seqlens)
 
 
 def test_forced_triton_without_interpreter_says_why(monkeypatch):
